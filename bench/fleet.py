@@ -1,0 +1,160 @@
+"""A fleet without a network: the product's own device verbs and server step, called in one process.
+
+What the server and the agents do over HTTP, `federate` does in a loop; tests/test_end_to_end.py holds the two against each
+other. Baselines differ from LP-FL in one argument each, on the same text, steps and batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk import bundle as bundles
+from edge_sdk import verbs
+from edge_sdk.adapters import AdapterSpec, Array, Arrays
+from edge_sdk.assets import MODELS, Asset, cache_folder, resolve
+from edge_sdk.engines import Engine
+from edge_sdk.engines.onnx import OnnxEngine
+from edge_sdk.store import Private
+from edge_sdk.tasks import Example
+from edge_sdk.training import base
+from edge_sdk.training.learner import Learner
+from edge_server import settings as run_settings
+from edge_server.aggregation import Contribution
+from edge_server.systems import lpfl
+from examples import icwsm
+
+Part = Literal["test", "validation"]
+Split = Literal["iid", "by-domain"]
+CONFIGS = Path(__file__).parent.parent / "examples"
+
+
+def bundle_of(slm: str) -> Path:
+    """The exported bundle of a named model, made on first use and cached."""
+    folder = cache_folder() / "exports" / slm
+    if not (folder / bundles.NAME).exists():
+        from edge_export.bundle import make
+
+        make(MODELS[slm], "encoder" if slm == "minilm" else "decoder", folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One model in all the forms the methods need."""
+
+    settings: run_settings.RunSettings
+    spec: AdapterSpec
+    parameters: int
+    engine: OnnxEngine
+    lora: Learner
+    folder: Path
+
+    def full(self) -> tuple[TorchEngine, Learner]:
+        """A second copy of the base with every weight trainable; labels with itself."""
+        bundle = bundles.read(self.folder)
+        learner = Learner.full(base.load(bundle), bundle.kind, self.engine.head, self.engine.encoder)
+        return TorchEngine(learner), learner
+
+
+@dataclass(frozen=True)
+class TorchEngine:
+    """Scores with a learner's own weights: full-parameter training has no ONNX adapter slots."""
+
+    learner: Learner
+
+    def set_adapter(self, arrays: Arrays | None, spec: AdapterSpec) -> None:
+        if arrays is not None:
+            self.learner.set(arrays)
+
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self.learner.scores(texts)
+
+
+@cache
+def lab(slm: str, threads: int = 1) -> Lab:
+    """Loads a model once in a process."""
+    settings = run_settings.load(CONFIGS / f"{slm}.toml")
+    folder = bundle_of(slm)
+    bundle = bundles.read(folder)
+    manifest = run_settings.manifest(settings, bundle)
+    engine = OnnxEngine(folder, bundle, settings.task, threads)
+    learner = Learner.load(bundle, engine.head, engine.encoder, manifest.adapter, threads)
+    return Lab(settings, manifest.adapter, bundle.parameters, engine, learner, folder)
+
+
+@cache
+def domains() -> dict[str, icwsm.Domain]:
+    return icwsm.load(resolve(Asset(icwsm.SOURCE, icwsm.SHA256)))
+
+
+def devices(split: Split, labels: int, unlabelled: int, held_out: int, part: Part, seed: int) -> list[Private]:
+    """Four devices' private text: `labels` labelled (half of each class), `unlabelled` without, `held_out` of `part`.
+
+    `by-domain` gives each device one domain, `iid` deals an equal mix of all domains to all devices.
+    """
+    rng = np.random.default_rng(seed)
+
+    def shuffled(examples: Sequence[Example]) -> list[Example]:
+        return [examples[i] for i in rng.permutation(len(examples))]
+
+    train = [shuffled(domain.train) for domain in domains().values()]
+    held = [shuffled(domain.test if part == "test" else domain.validation) for domain in domains().values()]
+    if split == "iid":
+        fair, fair_held = min(map(len, train)), min(map(len, held))
+        mixed = shuffled([example for domain in train for example in domain[:fair]])
+        mixed_held = shuffled([example for domain in held for example in domain[:fair_held]])
+        train, held = [mixed[i::4] for i in range(4)], [mixed_held[i::4] for i in range(4)]
+    return [_private(t, h[:held_out], labels, unlabelled) for t, h in zip(train, held, strict=True)]
+
+
+def _private(train: Sequence[Example], held_out: Sequence[Example], labels: int, unlabelled: int) -> Private:
+    chosen = {i for c in (0, 1) for i in [i for i, e in enumerate(train) if e.label == c][: labels // 2]}
+    rest = [e for i, e in enumerate(train) if i not in chosen][:unlabelled]
+    return Private(
+        tuple(train[i] for i in sorted(chosen)), tuple(e.text for e in rest), tuple(e.label for e in rest), tuple(held_out)
+    )
+
+
+def federate(
+    fleet: Sequence[Private],
+    start: Arrays,
+    spec: AdapterSpec,
+    settings: lpfl.LpFl,
+    engine: Engine,
+    trainer: verbs.Trainer,
+) -> Arrays:
+    """Synchronous rounds of a whole fleet; with one device, training alone."""
+    adapter = start
+    for version in range(settings.versions):
+        seed = settings.seed + 1 + version
+        buffer = []
+        for private in fleet:
+            learned = verbs.train(
+                version, adapter, spec, private, settings.training, settings.soft, seed, engine, trainer
+            )
+            buffer.append(Contribution(learned.delta, learned.num_examples, 0))
+        adapter = lpfl.step(settings, adapter, buffer)
+    return adapter
+
+
+def accuracies(adapter: Arrays, spec: AdapterSpec, fleet: Sequence[Private], engine: Engine) -> list[float]:
+    """Each device's accuracy on its held-out text."""
+    return [verbs.evaluate(adapter, spec, private, engine)[1]["accuracy"] for private in fleet]
+
+
+def pooled(fleet: Sequence[Private]) -> Private:
+    """All devices' labels in one place."""
+    return Private(tuple(e for private in fleet for e in private.labelled), (), (), ())
+
+
+def flatten(learner: Learner) -> dict[str, Array]:
+    """The learner's weights as they stand, copied."""
+    return {name: array.copy() for name, array in learner.get().items()}
+

@@ -1,0 +1,167 @@
+"""LoRA adapters as named float32 arrays: shapes, start values, deltas, and the PEFT directory.
+
+Names are PEFT's (`base_model.model.<module>.lora_A.weight`, shape (rank, in); `.lora_B.weight`, shape (out, rank)), so
+what travels is what `peft.PeftModel.from_pretrained` loads. No torch here, and no sockets; `wire.py` turns arrays into
+bytes and back. Source: Hu et al. 2021, "LoRA", section 4.1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from edge_sdk.errors import DataError
+
+Array = NDArray[np.float32]
+Arrays = Mapping[str, Array]
+
+PREFIX = "base_model.model."
+
+
+class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A linear layer of the base model that can carry LoRA: y = W x with W of shape (out_features, in_features)."""
+
+    module: str
+    in_features: int
+    out_features: int
+
+    @property
+    def a(self) -> str:
+        return f"{PREFIX}{self.module}.lora_A.weight"
+
+    @property
+    def b(self) -> str:
+        return f"{PREFIX}{self.module}.lora_B.weight"
+
+
+class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which slots an adapter fills, at which rank; y = W x + (alpha / rank) B A x."""
+
+    slots: tuple[Slot, ...]
+    rank: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Exact name -> shape of every array of such an adapter."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for slot in self.slots:
+            shapes[slot.a] = (self.rank, slot.in_features)
+            shapes[slot.b] = (slot.out_features, self.rank)
+        return shapes
+
+    def start(self, seed: int) -> dict[str, Array]:
+        """The adapter every fleet starts from: A uniform in ±1/sqrt(in) (PEFT's default), B zero, so it changes nothing."""
+        rng = np.random.default_rng(seed)
+        arrays: dict[str, Array] = {}
+        for slot in self.slots:
+            bound = 1.0 / math.sqrt(slot.in_features)
+            arrays[slot.a] = rng.uniform(-bound, bound, (self.rank, slot.in_features)).astype(np.float32)
+            arrays[slot.b] = np.zeros((slot.out_features, self.rank), np.float32)
+        return arrays
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def mismatch(found: Shapes, expected: Shapes) -> str | None:
+    """Says in one sentence how found names and shapes differ from the expected ones; None where they do not."""
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"{len(missing)} missing (first: {missing[0]})"] if missing else []
+        parts += [f"{len(extra)} unexpected (first: {extra[0][:200]})"] if extra else []
+        return "tensor names differ from the base model's adapter slots: " + ", ".join(parts)
+    for name, shape in expected.items():
+        if found[name] != shape:
+            return f"{name} has shape {found[name]}, expected {shape}"
+    return None
+
+
+def not_finite(arrays: Arrays) -> str | None:
+    """Name of the first array that holds NaN or infinity; None where there is none."""
+    return next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
+
+
+def subtract(a: Arrays, b: Arrays) -> dict[str, Array]:
+    return {name: a[name] - b[name] for name in a}
+
+
+def add(a: Arrays, b: Arrays, scale: float = 1.0) -> dict[str, Array]:
+    """a + scale * b, in float32."""
+    return {name: a[name] + np.float32(scale) * b[name] for name in a}
+
+
+def weighted_mean(items: Iterable[tuple[Arrays, float]]) -> dict[str, Array]:
+    """Sum of weight * arrays over the sum of weights, as a running float64 sum: memory does not grow with the count.
+
+    Raises:
+        DataError: no item, or weights that do not sum to more than zero.
+    """
+    total: dict[str, NDArray[np.float64]] = {}
+    weights = 0.0
+    for arrays, weight in items:
+        weights += weight
+        for name, array in arrays.items():
+            scaled = array.astype(np.float64) * weight
+            total[name] = total[name] + scaled if name in total else scaled
+    if weights <= 0:
+        raise DataError("cannot average: the weights sum to zero")
+    return {name: (array / weights).astype(np.float32) for name, array in total.items()}
+
+
+def size_in_bytes(arrays: Mapping[str, NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in arrays.values())
+
+
+def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> None:
+    """Writes `adapter_model.safetensors` and `adapter_config.json` that PEFT loads onto the base model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(arrays), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted(slot.module for slot in spec.slots),
+        "task_type": None,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_peft(folder: Path, slots: Iterable[Slot]) -> tuple[dict[str, Array], AdapterSpec]:
+    """Reads a PEFT LoRA directory and checks it against the slots of a base model.
+
+    Raises:
+        DataError: not plain LoRA, or names and shapes that do not fit the base.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for key, wanted in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
+        if config.get(key, wanted) != wanted:
+            raise DataError(f"{folder}: {key} is {config[key]!r}; only plain LoRA ({key}={wanted!r}) is supported")
+    arrays = {name: array.astype(np.float32) for name, array in load_file(folder / "adapter_model.safetensors").items()}
+    used = tuple(slot for slot in slots if slot.a in arrays)
+    spec = AdapterSpec(slots=used, rank=int(config["r"]), alpha=float(config["lora_alpha"]))
+    if problem := mismatch(shapes_of(arrays), spec.shapes()):
+        raise DataError(f"{folder} does not fit this base model: {problem}")
+    return arrays, spec

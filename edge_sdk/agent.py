@@ -1,0 +1,258 @@
+"""The device daemon: carries out what `session.py` decides, with a store, a transport, an engine and a learner.
+
+Work runs in one worker thread, so the event loop stays free; everything worth keeping is on disk before the next step, so
+the process may be killed at any time. Said on stdout: one line per thing done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import importlib.util
+import os
+import random
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from edge_sdk import bundle as bundles
+from edge_sdk import session, verbs, wire
+from edge_sdk.adapters import Array
+from edge_sdk.errors import AssetError, DataError, Refused, SettingsError, Unreachable, WireError
+from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
+from edge_sdk.session import Action, Event, Session
+from edge_sdk.store import Parcel, Store
+from edge_sdk.transport import Api, Transport
+
+
+class Models:
+    """The bundle's engine and, on first use, the torch learner.
+
+    Args:
+        folder: verified bundle.
+        manifest: task and adapter slots.
+        threads: for ONNX Runtime and torch each.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        from edge_sdk.engines.onnx import OnnxEngine
+
+        self.manifest = manifest
+        self._threads = threads
+        self.engine = OnnxEngine(folder, manifest.bundle, manifest.task, threads)
+
+    @cached_property
+    def trainer(self) -> verbs.Trainer:
+        """Raises: DataError: the train extra is not installed."""
+        if not can_train():
+            raise DataError("training needs torch: pip install 'tandem-edge[train]'")
+        from edge_sdk.training.learner import Learner
+
+        return Learner.load(self.manifest.bundle, self.engine.head, self.engine.encoder, self.manifest.adapter, self._threads)
+
+
+def can_train() -> bool:
+    """Whether the train extra is installed; imports nothing."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "peft"))
+
+
+class Agent:
+    """One device's life with one server.
+
+    Args:
+        store: private data and outbox.
+        transport: way to the server.
+        cache: folder for bundles, shared by the agents of one machine.
+        name: shown to the operator.
+        threads: for inference and training.
+        say: told one line per thing done.
+    """
+
+    def __init__(
+        self, store: Store, transport: Transport, cache: Path, name: str, threads: int = 1, say: Callable[[str], None] = print
+    ) -> None:
+        self._store = store
+        self._api = Api(transport)
+        self._cache = cache
+        self._name = name
+        self._threads = threads
+        self._say = say
+        self._manifest: Manifest | None = None
+        self._models: Models | None = None
+        self._random = random.Random()  # noqa: S311  # spreads retries, guards nothing
+
+    async def run(self, updates: int | None = None) -> int:
+        """Takes part until the run is over, or until `updates` updates are delivered.
+
+        Returns:
+            The final version, whose adapter is kept in the store; with `updates`, perhaps the version last trained from.
+
+        Raises:
+            SettingsError: the server speaks another protocol.
+            DataError: with `updates`, training cannot be done on this device.
+        """
+        state, action = session.step(Session(session.AskForWork()), session.Started(self._store.pending() is not None), 0.0)
+        trained = -1
+        while not isinstance(action, session.Stop):
+            event = await self._carry_out(action)
+            if isinstance(action, session.Do) and isinstance(action.work, Train):
+                trained = action.work.version
+                if updates is not None and isinstance(event, session.WorkFailed):
+                    raise DataError(event.reason)
+            if updates is not None and trained >= 0 and isinstance(event, session.Delivered):
+                updates -= 1
+                if updates == 0:
+                    return trained
+                trained = -1
+            state, action = session.step(state, event, self._random.random())
+        await self._keep(action.work)
+        return action.work.version
+
+    async def models(self) -> Models:
+        """Enrols if need be, fetches the bundle, and loads it."""
+        if self._models is None:
+            manifest = await self._enroll()
+            folder = await self._bundle(manifest)
+            self._models = await asyncio.to_thread(Models, folder, manifest, self._threads)
+        return self._models
+
+    async def _carry_out(self, action: Action) -> Event:
+        """One action, and what came of it; every expected failure is an event."""
+        try:
+            match action:
+                case session.AskForWork():
+                    await self._enroll()
+                    return session.Assigned(await self._api.ask(self._store.device_id, can_train()))
+                case session.Do(work):
+                    self._store.post(await self._do(work))
+                    return session.Worked()
+                case session.Send():
+                    return await self._send()
+                case session.Drop(code):
+                    self._store.delivered()
+                    self._say(f"dropped a result the server refused ({code})")
+                    return session.Woke()
+                case session.Sleep(seconds):
+                    await asyncio.sleep(seconds)
+                    return session.Woke()
+                case _:
+                    raise ValueError(f"{action} is for the caller")
+        except Unreachable as error:
+            self._say(f"waiting: {error}")
+            return session.NoAnswer()
+        except Refused as error:
+            self._say(f"refused: {error}")
+            if error.retry_after is not None:
+                return session.NoAnswer(error.retry_after)
+            if isinstance(action, session.Do):
+                return session.WorkFailed(str(error))
+            return session.Rejected(error.code)
+        except SettingsError:
+            raise
+        except (DataError, AssetError, WireError) as error:
+            self._say(f"cannot work: {error}")
+            return session.WorkFailed(str(error)) if isinstance(action, session.Do) else session.NoAnswer()
+
+    async def _send(self) -> Event:
+        parcel = self._store.pending()
+        if parcel is not None:
+            receipt = await self._api.send(parcel.content_type, parcel.body)
+            self._store.delivered()
+            self._say(f"delivered {len(parcel.body):,} bytes as {receipt.id[:12]}; the server is at version {receipt.version}")
+        return session.Delivered()
+
+    async def _do(self, work: Train | Evaluate) -> Parcel:
+        manifest = await self._enroll()
+        models = await self.models()
+        start = await self._adapter(work.adapter, manifest)
+        private = await asyncio.to_thread(self._store.private, manifest.task.labels)
+        device, spec = self._store.device_id, manifest.adapter
+        if isinstance(work, Evaluate):
+            count, metrics = await asyncio.to_thread(verbs.evaluate, start, spec, private, models.engine)
+            self._say(f"version {work.version}: {_numbers(metrics)} on {count} held-out texts")
+            return Parcel(wire.JSON_TYPE, wire.encode(Evaluation(device, work.version, count, metrics)))
+        trainer = await asyncio.to_thread(lambda: models.trainer)
+        learned = await asyncio.to_thread(
+            verbs.train, work.version, start, spec, private, work.training, work.soft, work.seed, models.engine, trainer
+        )
+        self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
+        update = Update(device, work.version, learned.num_examples, learned.metrics)
+        return Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta))
+
+    async def _enroll(self) -> Manifest:
+        """The run's manifest, asked for once in a process."""
+        if self._manifest is None:
+            manifest = await self._api.enroll(self._store.device_id, self._name)
+            if manifest.protocol != PROTOCOL:
+                raise SettingsError(
+                    f"the server speaks protocol {manifest.protocol}, this device {PROTOCOL}; update the older one"
+                )
+            self._store.set_fact("manifest", wire.encode(manifest).decode())
+            self._manifest = manifest
+        return self._manifest
+
+    async def _bundle(self, manifest: Manifest) -> Path:
+        """The verified bundle folder, downloaded on first use and resumed where it stopped."""
+        folder = bundle_folder(self._cache, manifest)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:  # agents of one machine share the cache; the first one fetches
+            await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+            for name, file in manifest.bundle.files.items():
+                path = folder / name
+                if not path.exists() or path.stat().st_size != file.size:
+                    self._say(f"fetching {name} ({file.size / 1e6:.0f} MB)")
+                    await self._api.blob(file, path)
+        await asyncio.to_thread(bundles.verify, folder, manifest.bundle)
+        return folder
+
+    async def _adapter(self, sha256: str, manifest: Manifest) -> dict[str, Array]:
+        shapes = manifest.adapter.shapes()
+        body = await self._api.blob_bytes(sha256, wire.size_limit(shapes))
+        return wire.unpack_adapter(body, shapes)
+
+    async def _keep(self, work: Finished) -> None:
+        """Stores the run's result, replacing the old adapter only when the new one is whole."""
+        manifest = await self._enroll()
+        await self._bundle(manifest)
+        arrays = await self._adapter(work.adapter, manifest)
+        keep_adapter(self._store, wire.pack_adapter(arrays), work.version)
+        self._say(f"kept version {work.version}")
+
+
+def bundle_folder(cache: Path, manifest: Manifest) -> Path:
+    """Where a bundle lives in the cache: named by its own description, so a changed bundle is another folder."""
+    return cache / "bundles" / hashlib.sha256(msgspec.json.encode(manifest.bundle)).hexdigest()[:16]
+
+
+def keep_adapter(store: Store, body: bytes, version: int) -> None:
+    """Makes `body` the device's adapter: on disk under another name, then renamed."""
+    path = store.home / "adapter.safetensors"
+    aside = path.with_suffix(".part")
+    with aside.open("wb") as file:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    store.set_fact("version", str(version))
+
+
+def kept_adapter(store: Store, manifest: Manifest) -> dict[str, Array] | None:
+    """The adapter kept last, or None; one that does not fit the run any more is not used.
+
+    Raises:
+        DataError: the kept file is damaged.
+    """
+    path = store.home / "adapter.safetensors"
+    if not path.exists():
+        return None
+    try:
+        return wire.unpack_adapter(path.read_bytes(), manifest.adapter.shapes())
+    except WireError as error:
+        raise DataError(f"{path} does not fit this run ({error.detail}); delete it to go back to the base model") from error
+
+
+def _numbers(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()) or "no numbers"

@@ -1,0 +1,173 @@
+"""`edge-agent`: keep examples, take part as a daemon, predict, and measure what learning alone would give."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.assets import cache_folder
+from edge_sdk.errors import DataError, EdgeError, SettingsError
+from edge_sdk.store import Store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 an error said on stderr, 2 wrong settings or arguments, 130 stopped by a signal."""
+    args = _parser().parse_args(arguments)
+    try:
+        code: int = args.call(args)
+    except SettingsError as error:
+        print(f"edge-agent: {error}", file=sys.stderr)
+        return 2
+    except (EdgeError, OSError) as error:
+        print(f"edge-agent: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="edge-agent", description="One device of a tandem-edge fleet.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, call: Any, help: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help)
+        made.add_argument("--home", type=Path, required=True, help="folder of the device's private store")
+        made.set_defaults(call=call)
+        return made
+
+    def with_server(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--server", required=True, help="URL, e.g. http://127.0.0.1:8440")
+        made.add_argument("--name", default=os.uname().nodename[:64] or "device", help="shown to the operator")
+        made.add_argument("--threads", type=int, default=1, help="for inference and training")
+        made.add_argument("--cache", type=Path, default=cache_folder(), help="folder for model files")
+
+    add = verb("add", _add, "keep private examples from JSON lines: text, and label, truth, held_out where known")
+    add.add_argument("files", type=Path, nargs="+")
+    verb("status", _status, "what the device keeps").add_argument("--json", action="store_true")
+    run = verb("run", _run, "take part until the run is over")
+    with_server(run)
+    alone = verb("baseline", _baseline, "what this device's labels give without federation; keeps and sends nothing")
+    with_server(alone)
+    alone.add_argument(
+        "--steps", type=int, required=True, help="optimizer steps, for a fair comparison versions * steps of the run"
+    )
+    alone.add_argument("--batch-size", type=int, default=16)
+    alone.add_argument("--learning-rate", type=float, default=1e-3)
+    alone.add_argument("--seed", type=int, default=0)
+    predict = verb("predict", _predict, "label texts with the newest adapter")
+    predict.add_argument("texts", nargs="+")
+    predict.add_argument("--server", help="only needed before the first contact")
+    predict.add_argument("--cache", type=Path, default=cache_folder())
+    predict.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add(args: argparse.Namespace) -> int:
+    store = Store(args.home)
+    print(f"kept {sum(store.add_all(_rows(path)) for path in args.files)} examples in {args.home}")
+    return 0
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str | None, str | None, bool]]:
+    """Raises: DataError: a line that is not such an object, with its number."""
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                unknown = row.keys() - {"text", "label", "truth", "held_out"}
+                text, label, truth, held_out = row["text"], row.get("label"), row.get("truth"), row.get("held_out", False)
+            except (ValueError, KeyError, AttributeError) as error:
+                raise DataError(f'{path}:{number}: not a JSON object with "text" ({error})') from error
+            if unknown:
+                raise DataError(
+                    f"{path}:{number}: unknown keys {', '.join(sorted(unknown))}; allowed: text, label, truth, held_out"
+                )
+            strings = (label is None or isinstance(label, str)) and (truth is None or isinstance(truth, str))
+            if not isinstance(text, str) or not strings or not isinstance(held_out, bool):
+                raise DataError(f"{path}:{number}: text, label and truth are strings, held_out is true or false")
+            yield text, label, truth, held_out
+
+
+def _status(args: argparse.Namespace) -> int:
+    store = Store(args.home)
+    facts = {
+        "device": store.device_id,
+        **store.counts(),
+        "pending": store.pending() is not None,
+        "version": store.fact("version"),
+    }
+    print(json.dumps(facts) if args.json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge_sdk.agent import Agent
+    from edge_sdk.transport import HttpTransport
+
+    async def run() -> int | None:
+        async with HttpTransport(args.server) as transport:
+            agent = Agent(Store(args.home), transport, args.cache, args.name, args.threads, _say)
+            task = asyncio.ensure_future(agent.run())
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            try:
+                return await task
+            except asyncio.CancelledError:
+                return None
+
+    loop = asyncio.new_event_loop()
+    version = loop.run_until_complete(run())
+    if version is None:
+        _say("stopped")
+        sys.stdout.flush()
+        os._exit(130)  # a training step may hold the worker thread for seconds; all that matters is on disk
+    _say(f"finished at version {version}")
+    return 0
+
+
+def _baseline(args: argparse.Namespace) -> int:
+    from edge_sdk import verbs
+    from edge_sdk.adapters import add
+    from edge_sdk.agent import Agent
+    from edge_sdk.training.batches import Training
+    from edge_sdk.transport import HttpTransport
+
+    store = Store(args.home)
+
+    async def run() -> dict[str, float]:
+        async with HttpTransport(args.server) as transport:
+            agent = Agent(store, transport, args.cache, args.name, args.threads, lambda line: print(line, file=sys.stderr))
+            models = await agent.models()
+        manifest = models.manifest
+        private = store.private(manifest.task.labels)
+        training = Training(args.steps, args.batch_size, args.learning_rate)
+        start = manifest.adapter.start(args.seed)
+        learned = verbs.train(0, start, manifest.adapter, private, training, None, args.seed, models.engine, models.trainer)
+        count, metrics = verbs.evaluate(add(start, learned.delta), manifest.adapter, private, models.engine)
+        return {"test_examples": count, **metrics}
+
+    print(json.dumps(asyncio.run(run())))
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from edge_sdk.device import EdgeDevice
+
+    for prediction in EdgeDevice(args.home, args.server, cache=args.cache).predict(args.texts):
+        if args.json:
+            print(json.dumps({"text": prediction.text, "label": prediction.label, "probabilities": prediction.probabilities}))
+        else:
+            print(f"{prediction.label} ({prediction.probabilities[prediction.label]:.2f}): {prediction.text}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,154 @@
+"""Every message between a device and the server, as frozen typed values; version 1.
+
+A device enrols and gets the `Manifest`, then asks for work again and again: `Train`, `Evaluate`, `Wait` or `Finished`.
+What it learned goes back as an `Update` (beside tensors) or an `Evaluation`, and is answered by a `Receipt`. Bytes are
+`wire.py`'s business.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from edge_sdk.adapters import AdapterSpec
+from edge_sdk.bundle import Bundle
+from edge_sdk.softlabels import SoftLabels
+from edge_sdk.tasks import Task
+from edge_sdk.training.batches import Training
+
+PROTOCOL = 1
+
+Metrics = dict[str, float]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages; carries no behaviour."""
+
+
+class Enroll(Message, frozen=True):
+    """Device -> server, first contact; repeating it changes nothing."""
+
+    protocol: int
+    device: str
+    name: str
+
+
+class Manifest(Message, frozen=True):
+    """Server -> device: everything that stays the same for the whole run."""
+
+    protocol: int
+    system: str
+    task: Task
+    adapter: AdapterSpec
+    bundle: Bundle
+
+
+class Ask(Message, frozen=True):
+    """Device -> server: what shall I do? A device without torch cannot train, but can still measure."""
+
+    device: str
+    can_train: bool
+
+
+class Train(Message, frozen=True, tag="train", tag_field="verb"):
+    """Start from the global adapter of `version`, learn from private data, send the difference.
+
+    `seed` orders the examples, so a device that lost power repeats the same work and sends the same bytes.
+    """
+
+    version: int
+    adapter: str
+    training: Training
+    soft: SoftLabels | None
+    seed: int
+
+
+class Evaluate(Message, frozen=True, tag="evaluate", tag_field="verb"):
+    """Measure the global adapter of `version` on held-out private data, send numbers only."""
+
+    version: int
+    adapter: str
+
+
+class Wait(Message, frozen=True, tag="wait", tag_field="verb"):
+    """Nothing to do now; ask again after `seconds`."""
+
+    seconds: float
+
+
+class Finished(Message, frozen=True, tag="finished", tag_field="verb"):
+    """The run is over; `adapter` of `version` is its result."""
+
+    version: int
+    adapter: str
+
+
+Work = Train | Evaluate | Wait | Finished
+
+
+class Update(Message, frozen=True, tag="update", tag_field="result"):
+    """Device -> server, beside the tensors of adapter(trained) - adapter(version)."""
+
+    device: str
+    version: int
+    num_examples: int
+    metrics: Metrics
+
+
+class Evaluation(Message, frozen=True, tag="evaluation", tag_field="result"):
+    """Device -> server: metrics of the global adapter of `version` on `num_examples` held-out examples."""
+
+    device: str
+    version: int
+    num_examples: int
+    metrics: Metrics
+
+
+Result = Update | Evaluation
+
+
+class Receipt(Message, frozen=True):
+    """Server -> device: the result is on disk; `id` names it, `version` is the server's newest."""
+
+    id: str
+    version: int
+
+
+class Problem(Message, frozen=True):
+    """RFC 9457 problem document, `application/problem+json`; `code` is stable, `detail` is for people."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+
+
+class DeviceStatus(Message, frozen=True):
+    """What the server knows of one device."""
+
+    id: str
+    name: str
+    updates: int
+    uploaded_bytes: int
+
+
+class Measurement(Message, frozen=True):
+    """One result's numbers as the server keeps them; `kind` is `update` or `evaluation`."""
+
+    kind: str
+    device: str
+    version: int
+    num_examples: int
+    metrics: Metrics
+
+
+class Status(Message, frozen=True):
+    """Server -> operator: where the run stands."""
+
+    system: str
+    version: int
+    adapter: str
+    buffered: int
+    finished: bool
+    devices: tuple[DeviceStatus, ...]
+    measurements: tuple[Measurement, ...]

@@ -1,0 +1,84 @@
+"""Which unlabelled texts a device trains on, and how much each counts.
+
+LP-FL (Jiang, Liu & Fan 2023; the paper's formulas are not public, this is the reconstruction of docs/systems/lpfl.md): at
+every version the fresh *global* adapter labels all unlabelled texts again, and the soft set, which grows with the version,
+takes the most confident of each class. Nothing here reads a clock, a disk or a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.errors import SettingsError
+
+
+class SoftLabels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a device uses soft labels.
+
+    Args:
+        growth: texts the soft set gains with every version; version 0 has none, since nothing has been learned yet.
+        limit: largest share of the unlabelled texts ever taken.
+        temperature: of teacher and student in the soft loss.
+        weight: of the soft loss beside the loss on real labels.
+        batch_size: soft texts in each training step.
+    """
+
+    growth: int = 64
+    limit: float = 0.75
+    temperature: float = 2.0
+    weight: float = 1.0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.growth < 1 or self.batch_size < 1:
+            raise SettingsError("soft.growth and soft.batch_size must be at least 1")
+        if not 0 < self.limit <= 1 or not self.temperature > 0 or not self.weight > 0:
+            raise SettingsError("soft.limit must be in (0, 1], soft.temperature and soft.weight positive")
+
+
+@dataclass(frozen=True)
+class SoftSet:
+    """Chosen texts by index (n,), and the teacher's scores for them (n, n_classes), untempered."""
+
+    indices: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def size(settings: SoftLabels, version: int, available: int) -> int:
+    """How many texts the soft set aims at in `version`: `growth * version`, at most `limit` of those available."""
+    return min(settings.growth * version, int(settings.limit * available))
+
+
+def choose(scores: NDArray[np.float32], count: int) -> SoftSet:
+    """Takes about `count` texts, the same number for every class, the most confident first.
+
+    A text belongs to the class with the highest score, and its confidence is the margin to the next. A class with fewer
+    texts than its share limits nobody else: its rest stays empty rather than being filled with another class.
+
+    Args:
+        scores: teacher scores, (n, n_classes).
+        count: wanted size of the set.
+
+    Returns:
+        Distinct texts in ascending order of index.
+    """
+    n, n_classes = scores.shape
+    if n == 0 or count <= 0:
+        return SoftSet(np.empty(0, np.int64), np.empty((0, n_classes), np.float32))
+    predicted = scores.argmax(axis=1)
+    ordered = np.sort(scores, axis=1)
+    margin = ordered[:, -1] - ordered[:, -2]
+    share = -(-count // n_classes)
+    chosen: list[NDArray[np.int64]] = []
+    for label in range(n_classes):
+        of_class = np.flatnonzero(predicted == label)
+        chosen.append(of_class[np.argsort(-margin[of_class], kind="stable")][:share])
+    indices = np.sort(np.concatenate(chosen)).astype(np.int64)
+    return SoftSet(indices, scores[indices])

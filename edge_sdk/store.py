@@ -1,0 +1,168 @@
+"""What a device keeps: private examples, the outbox, and small facts, in one SQLite file that survives power loss.
+
+Every method is one transaction, on disk before it returns. Private text never leaves this file but into the device's own
+models; nothing here knows the network.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk.errors import DataError
+from edge_sdk.tasks import Example
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS examples (
+    id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE, label TEXT, truth TEXT, held_out INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS outbox (
+    id INTEGER PRIMARY KEY CHECK (id = 1), content_type TEXT NOT NULL, body BLOB NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A finished result that waits for the network."""
+
+    content_type: str
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Private:
+    """A device's text, by what it may be used for; labels are the task's class indices.
+
+    Args:
+        labelled: texts with labels, for training.
+        unlabelled: texts without.
+        truths: for each unlabelled text the class somebody knows, or None; only ever used to measure soft labels.
+        held_out: texts with labels that are never trained on.
+    """
+
+    labelled: tuple[Example, ...]
+    unlabelled: tuple[str, ...]
+    truths: tuple[int | None, ...]
+    held_out: tuple[Example, ...]
+
+
+class Store:
+    """Opens or makes the store in `home/device.sqlite`; safe to use from several threads."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.home = home
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(home / "device.sqlite", check_same_thread=False, isolation_level=None, timeout=30)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{home / 'device.sqlite'} cannot be used ({error}); move it away to start afresh") from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @property
+    def device_id(self) -> str:
+        """Made on first use, the same ever after."""
+        with self._lock:
+            self._db.execute("INSERT OR IGNORE INTO facts VALUES ('device', ?)", (uuid.uuid4().hex,))
+            return str(self._db.execute("SELECT value FROM facts WHERE name = 'device'").fetchone()[0])
+
+    def fact(self, name: str) -> str | None:
+        with self._lock:
+            row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_fact(self, name: str, value: str) -> None:
+        with self._lock:
+            self._db.execute("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (name, value))
+
+    def add(self, text: str, label: str | None = None, truth: str | None = None, held_out: bool = False) -> None:
+        """Keeps one text; see `add_all`."""
+        self.add_all([(text, label, truth, held_out)])
+
+    def add_all(self, rows: Iterable[tuple[str, str | None, str | None, bool]]) -> int:
+        """Keeps (text, label, truth, held out) rows, all or none.
+
+        A text already kept gains the label it lacked. Once held out, a text stays held out.
+
+        Returns:
+            How many rows were read.
+
+        Raises:
+            DataError: an empty text, or a held-out one without a label.
+        """
+        checked = []
+        for text, label, truth, held_out in rows:
+            if not text.strip():
+                raise DataError("an example needs text")
+            if held_out and label is None:
+                raise DataError(f"a held-out example needs a label: {text[:60]!r}")
+            checked.append((text.strip(), label, truth, int(held_out)))
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.executemany(
+                    "INSERT INTO examples (text, label, truth, held_out) VALUES (?, ?, ?, ?) ON CONFLICT (text) DO UPDATE SET"
+                    " label = coalesce(excluded.label, label), truth = coalesce(excluded.truth, truth),"
+                    " held_out = max(excluded.held_out, held_out)",
+                    checked,
+                )
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+        return len(checked)
+
+    def counts(self) -> dict[str, int]:
+        """How many examples are `labelled`, `unlabelled` and `held_out`."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT coalesce(sum(held_out = 0 AND label IS NOT NULL), 0), coalesce(sum(held_out = 0 AND label IS NULL), 0),"
+                " coalesce(sum(held_out), 0) FROM examples"
+            ).fetchone()
+        return dict(zip(("labelled", "unlabelled", "held_out"), row, strict=True))
+
+    def private(self, labels: tuple[str, ...]) -> Private:
+        """All examples, with labels as class indices.
+
+        Raises:
+            DataError: a stored label is not one of `labels`.
+        """
+        with self._lock:
+            rows = self._db.execute("SELECT text, label, truth, held_out FROM examples ORDER BY id").fetchall()
+        index = {label: i for i, label in enumerate(labels)}
+        for text, label, truth, _ in rows:
+            for name in (label, truth):
+                if name is not None and name not in index:
+                    raise DataError(f"label {name!r} of {text[:60]!r} is not one of this task's: {', '.join(labels)}")
+        training = [(text, label, truth) for text, label, truth, held_out in rows if not held_out]
+        return Private(
+            labelled=tuple(Example(text, index[label]) for text, label, _ in training if label is not None),
+            unlabelled=tuple(text for text, label, _ in training if label is None),
+            truths=tuple(index.get(truth) for _, label, truth in training if label is None),
+            held_out=tuple(Example(text, index[label]) for text, label, _, held_out in rows if held_out),
+        )
+
+    def post(self, parcel: Parcel) -> None:
+        """Puts a result into the outbox, which holds at most one."""
+        with self._lock:
+            self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (parcel.content_type, parcel.body))
+
+    def pending(self) -> Parcel | None:
+        with self._lock:
+            row = self._db.execute("SELECT content_type, body FROM outbox").fetchone()
+        return None if row is None else Parcel(str(row[0]), bytes(row[1]))
+
+    def delivered(self) -> None:
+        """Empties the outbox."""
+        with self._lock:
+            self._db.execute("DELETE FROM outbox")

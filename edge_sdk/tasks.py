@@ -1,0 +1,100 @@
+"""A language task: labels, a pattern around the text, and a verbalizer that names each class in words.
+
+Pattern-verbalizer prompting after Schick & Schütze 2021 (PET), section 3: a decoder scores the label words that would
+follow the pattern, an encoder compares the text with descriptions of the classes. Both come down to one head: class
+scores are `scale * readout @ rows.T`, so a task can be answered before any training. No model here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.errors import DataError, SettingsError
+
+Kind = Literal["decoder", "encoder"]
+
+
+class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A text classification task for one kind of model.
+
+    Args:
+        labels: class names, at least two.
+        pattern: the prompt; holds `{text}` exactly once.
+        verbalizer: for each label the words that stand for it. Decoder: one word, with its leading space. Encoder: one
+            or more descriptions, whose mean embedding is the class.
+        scale: factor on the scores: 1 for a decoder's logits, the inverse temperature of the cosine for an encoder.
+        max_tokens: a prompt keeps at most this many tokens of its text.
+
+    Raises:
+        SettingsError: an argument is out of bounds.
+    """
+
+    labels: tuple[str, ...]
+    pattern: str
+    verbalizer: tuple[tuple[str, ...], ...]
+    scale: float = 1.0
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise SettingsError("task.labels needs at least two different names")
+        if self.pattern.count("{text}") != 1:
+            raise SettingsError("task.pattern must contain {text} exactly once")
+        if len(self.verbalizer) != len(self.labels) or not all(self.verbalizer):
+            raise SettingsError("task.verbalizer needs one non-empty list of words per label")
+        if not self.scale > 0 or not 4 <= self.max_tokens <= 512:
+            raise SettingsError("task.scale must be positive and task.max_tokens between 4 and 512")
+
+    def prompt(self, text: str) -> str:
+        return self.pattern.replace("{text}", text.strip())
+
+    def label_index(self, label: str) -> int:
+        """Raises: DataError: `label` is not one of the task's."""
+        try:
+            return self.labels.index(label)
+        except ValueError:
+            raise DataError(f"label {label!r} is not one of this task's: {', '.join(self.labels)}") from None
+
+
+@dataclass(frozen=True)
+class Head:
+    """Class rows (n_classes, width) and the scale that turn a readout (n, width) into class scores (n, n_classes)."""
+
+    rows: NDArray[np.float32]
+    scale: float
+
+    def scores(self, readout: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(self.scale * (readout @ self.rows.T), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A private text; `label` is a class index, or None where nobody has labelled it."""
+
+    text: str
+    label: int | None = None
+
+
+def softmax(scores: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """Row-wise softmax of (n, n_classes) scores divided by `temperature`."""
+    z = scores.astype(np.float64) / temperature
+    z -= z.max(axis=1, keepdims=True)
+    e = np.exp(z)
+    return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
+
+
+def accuracy(scores: NDArray[np.float32], labels: Sequence[int]) -> float:
+    """Share of rows whose highest score is the label's, between 0 and 1."""
+    return float(np.mean(scores.argmax(axis=1) == np.asarray(labels)))
+
+
+def labelled(examples: Iterable[Example]) -> tuple[list[str], list[int]]:
+    """Texts and class indices of the examples that carry a label."""
+    pairs = [(e.text, e.label) for e in examples if e.label is not None]
+    return [text for text, _ in pairs], [label for _, label in pairs]

@@ -1,0 +1,89 @@
+"""A server in memory, for testing code that uses the SDK: same protocol, same bytes, no sockets.
+
+    simulator = ServerSimulator(manifest, work=[Train(...), Finished(...)], blobs={sha256: body})
+    await Agent(store, simulator, cache, "name").run()
+    assert simulator.results[0].num_examples == 16
+
+Set `offline = True` and nothing is reached; put a `WireError` into `refusals` and the next result is refused with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edge_sdk.errors import Unreachable, WireError
+from edge_sdk.protocol import Ask, Enroll, Evaluation, Manifest, Problem, Receipt, Result, Train, Wait, Work
+from edge_sdk.transport import Response
+from edge_sdk.wire import MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, decode, encode, unpack
+
+
+class ServerSimulator:
+    """Hands out `work` in order, then `Wait`, and keeps what devices send.
+
+    Args:
+        manifest: told to every device.
+        work: one item for each question.
+        blobs: sha256 -> bytes.
+    """
+
+    def __init__(self, manifest: Manifest, work: Sequence[Work] = (), blobs: Mapping[str, bytes] | None = None) -> None:
+        self.manifest = manifest
+        self.work = list(work)
+        self.blobs = dict(blobs or {})
+        self.results: list[Result] = []
+        self.requests: list[tuple[str, str]] = []
+        self.refusals: list[WireError] = []
+        self.offline = False
+
+    def keep(self, body: bytes) -> str:
+        """Serves `body` as a blob and returns its sha256."""
+        sha256 = hashlib.sha256(body).hexdigest()
+        self.blobs[sha256] = body
+        return sha256
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        into: Path | None = None,
+        limit: int = MAX_JSON,
+    ) -> Response:
+        self.requests.append((method, path))
+        if self.offline:
+            raise Unreachable("the simulated server is offline")
+        try:
+            answer = self._answer(path, body, dict(headers or {}))
+        except WireError as error:
+            problem = Problem(f"urn:tandem-edge:{error.code}", error.code, error.status, error.code, error.detail)
+            return Response(error.status, encode(problem), {"Content-Type": PROBLEM_TYPE})
+        if len(answer) > limit:
+            raise Unreachable(f"the answer is longer than {limit} bytes")
+        if into is not None:
+            into.write_bytes(answer)
+            return Response(200)
+        return Response(200, answer)
+
+    def _answer(self, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        match path.split("/")[2:]:
+            case ["enroll"]:
+                decode(body, Enroll)
+                return encode(self.manifest)
+            case ["work"]:
+                ask = decode(body, Ask)
+                skip = self.work and isinstance(self.work[0], Train) and not ask.can_train
+                return encode(self.work.pop(0) if self.work and not skip else Wait(1.0))
+            case ["results"]:
+                if self.refusals:
+                    raise self.refusals.pop(0)
+                tensors = headers.get("Content-Type") == TENSORS_TYPE
+                result: Result = unpack(body, self.manifest.adapter.shapes())[0] if tensors else decode(body, Evaluation)
+                self.results.append(result)
+                return encode(Receipt(hashlib.sha256(body).hexdigest(), result.version))
+            case ["blobs", sha256] if sha256 in self.blobs:
+                return self.blobs[sha256]
+            case _:
+                raise WireError("http-404", f"no {path}", 404)

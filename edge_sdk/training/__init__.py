@@ -1,0 +1,1 @@
+"""Training on the device: torch and peft, only with the `[train]` extra."""

@@ -1,0 +1,46 @@
+"""Which examples meet in which training step; pure, so a run can be replayed from its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.errors import SettingsError
+
+
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a device trains between receiving a version and answering it.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: labelled examples in each step.
+        learning_rate: of AdamW, constant.
+        clip: largest norm of one step's gradient.
+    """
+
+    steps: int = 10
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise SettingsError("training.steps and training.batch_size must be at least 1")
+        if not 0 < self.learning_rate <= 1 or not self.clip > 0:
+            raise SettingsError("training.learning_rate must be in (0, 1] and training.clip positive")
+
+
+def epochs(count: int, batch_size: int, steps: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """`steps` batches of at most `batch_size` distinct indices below `count`; every index once before any comes twice.
+
+    A batch at the end of a pass may be smaller; with `count` 0 every batch is empty.
+    """
+    queue = np.empty(0, np.int64)
+    for _ in range(steps):
+        if len(queue) == 0 and count:
+            queue = rng.permutation(count)
+        yield queue[:batch_size]
+        queue = queue[batch_size:]

@@ -1,0 +1,170 @@
+"""The device's way to the server: a one-method seam, its aiohttp form, and the calls of the protocol on top of it.
+
+Foreign errors end here: a transport raises `Unreachable`, a call raises `Unreachable`, `Refused` or `WireError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import aiohttp
+
+from edge_sdk.bundle import File
+from edge_sdk.errors import AssetError, Refused, Unreachable, WireError
+from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Manifest, Problem, Receipt, Status, Work
+from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, decode, encode
+
+
+@dataclass(frozen=True)
+class Response:
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Transport(Protocol):
+    """One exchange with the server; `edge_sdk.testing.ServerSimulator` is another implementation."""
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        into: Path | None = None,
+        limit: int = MAX_JSON,
+    ) -> Response:
+        """Sends `body` and returns the answer.
+
+        Args:
+            into: file to append a successful body to, instead of returning it.
+            limit: most bytes of the answer that are read.
+
+        Raises:
+            Unreachable: no whole answer within `limit` came back.
+        """
+        ...
+
+
+class HttpTransport:
+    """HTTP/1.1 through aiohttp; use as an async context manager."""
+
+    def __init__(self, server: str, timeout: float = 60.0) -> None:
+        if not server.startswith(("http://", "https://")):
+            server = f"http://{server}"
+        self._server = server.rstrip("/")
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> HttpTransport:
+        self._session = aiohttp.ClientSession(timeout=self._timeout, raise_for_status=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        into: Path | None = None,
+        limit: int = MAX_JSON,
+    ) -> Response:
+        assert self._session is not None, "use `async with HttpTransport(...)`"
+        try:
+            async with self._session.request(
+                method, self._server + path, data=body or None, headers=headers, allow_redirects=False
+            ) as answer:
+                keep = into if answer.status in (200, 206) else None
+                if keep is not None and answer.status == 200:
+                    keep.unlink(missing_ok=True)  # the server sent the whole file, not the rest of it
+                content, received = bytearray(), 0
+                async for chunk in answer.content.iter_chunked(1 << 18):
+                    received += len(chunk)
+                    if received > limit:
+                        raise Unreachable(f"the answer to {method} {path} is longer than {limit} bytes")
+                    if keep is None:
+                        content += chunk
+                    else:
+                        with keep.open("ab") as file:
+                            file.write(chunk)
+                return Response(answer.status, bytes(content), dict(answer.headers))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            raise Unreachable(f"no answer from {self._server} ({reason}); is the server running?") from error
+
+
+class Api:
+    """The calls of protocol version 1."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def enroll(self, device: str, name: str) -> Manifest:
+        return decode(await self._post("/v1/enroll", encode(Enroll(PROTOCOL, device, name))), Manifest)
+
+    async def ask(self, device: str, can_train: bool) -> Work:
+        body = await self._post("/v1/work", encode(Ask(device, can_train)))
+        return decode(body, Work)  # type: ignore[arg-type]  # a union is fine for msgspec
+
+    async def send(self, content_type: str, body: bytes) -> Receipt:
+        return decode(await self._post("/v1/results", body, content_type), Receipt)
+
+    async def status(self) -> Status:
+        return decode(_ok(await self._transport.request("GET", "/v1/status", limit=64 * MAX_JSON)).body, Status, 64 * MAX_JSON)
+
+    async def blob(self, file: File, to: Path) -> None:
+        """Downloads a content-addressed file to `to`, going on where an earlier try stopped.
+
+        Raises:
+            AssetError: the bytes are not those of the hash; the partial file is removed.
+        """
+        part = to.with_name(to.name + ".part")
+        have = part.stat().st_size if part.exists() else 0
+        if have < file.size:
+            headers = {"Range": f"bytes={have}-"} if have else {}
+            _ok(await self._transport.request("GET", f"/v1/blobs/{file.sha256}", headers=headers, into=part, limit=file.size))
+        with part.open("rb") as written:
+            found = hashlib.file_digest(written, "sha256").hexdigest()
+        if found != file.sha256:
+            part.unlink()
+            raise AssetError(f"{to.name} arrived damaged (sha256 {found[:12]}, expected {file.sha256[:12]}); it is fetched again")
+        part.replace(to)
+
+    async def blob_bytes(self, sha256: str, limit: int) -> bytes:
+        """A content-addressed blob in memory. Raises: AssetError: the bytes are not those of the hash."""
+        body = _ok(await self._transport.request("GET", f"/v1/blobs/{sha256}", limit=limit)).body
+        if hashlib.sha256(body).hexdigest() != sha256:
+            raise AssetError(f"blob {sha256[:12]} arrived damaged; it is fetched again")
+        return body
+
+    async def _post(self, path: str, body: bytes, content_type: str = JSON_TYPE) -> bytes:
+        return _ok(await self._transport.request("POST", path, body, {"Content-Type": content_type})).body
+
+
+def _ok(response: Response) -> Response:
+    """Raises: Refused: the server sent a problem document. Unreachable: something that is not our server answered."""
+    if response.status in (200, 201, 206):
+        return response
+    kind = response.headers.get("Content-Type", "").split(";")[0].strip()
+    retry_after = _seconds(response.headers.get("Retry-After"))
+    if kind == PROBLEM_TYPE:
+        try:
+            problem = decode(response.body, Problem)
+        except WireError as error:
+            raise Unreachable(f"the server's error could not be read: {error.detail}") from error
+        if retry_after is None and problem.status >= 500:
+            retry_after = 0.0
+        raise Refused(problem.code, problem.detail, problem.status, retry_after)
+    raise Unreachable(f"HTTP {response.status} without a problem document: is this an edge-server?")
+
+
+def _seconds(value: str | None) -> float | None:
+    return float(value) if value is not None and value.isdigit() else None

@@ -1,0 +1,1 @@
+"""The light asynchronous server: aggregates what devices send, remembers every event, serves versions."""

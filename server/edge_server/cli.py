@@ -1,0 +1,112 @@
+"""`edge-server`: serve a run, or look at one."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from edge_sdk import bundle as bundles
+from edge_sdk.errors import EdgeError, SettingsError
+from edge_sdk.transport import Api, HttpTransport
+from edge_sdk.wire import encode
+from edge_server import settings as run_settings
+from edge_server.app import create_app
+from edge_server.ledger import Ledger
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 wrong settings or arguments, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="edge-server", description="The light asynchronous server of tandem-edge.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    serve = verbs.add_parser("serve", help="run one federated system until stopped")
+    serve.add_argument("--config", type=Path, required=True, help="TOML file of the run, e.g. examples/minilm.toml")
+    serve.add_argument("--bundle", type=Path, required=True, help="folder made by `edge-export bundle`")
+    serve.add_argument("--data", type=Path, required=True, help="folder of this run's events, blobs and versions")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8440, help="0 for any free port")
+    serve.add_argument(
+        "--trust-network", action="store_true", help="listen beyond this machine although devices are not yet authenticated"
+    )
+    status = verbs.add_parser("status", help="where a run stands")
+    status.add_argument("server", help="URL")
+    status.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        if args.verb == "serve":
+            asyncio.run(_serve(args))
+        else:
+            asyncio.run(_status(args))
+    except SettingsError as error:
+        print(f"edge-server: {error}", file=sys.stderr)
+        return 2
+    except (EdgeError, OSError) as error:
+        print(f"edge-server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    if not args.trust_network and not _is_local(args.host):
+        raise SettingsError(
+            f"{args.host} is reachable from other machines and devices are not authenticated; add --trust-network to do it all the same"
+        )
+    settings = run_settings.load(args.config)
+    bundle = bundles.read(args.bundle)
+    bundles.verify(args.bundle, bundle)
+    ledger = Ledger(settings, run_settings.manifest(settings, bundle), args.data, _say)
+    for name, file in bundle.files.items():
+        ledger.blobs.adopt(args.bundle / name, file.sha256)
+    runner = web.AppRunner(create_app(ledger), access_log=None, handle_signals=False, shutdown_timeout=5)
+    await runner.setup()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        site = web.TCPSite(runner, args.host, args.port)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        _say(f"listening on http://{host}:{port}, {settings.system} at version {ledger.state.version}")
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+    _say("stopped")
+
+
+async def _status(args: argparse.Namespace) -> None:
+    async with HttpTransport(args.server) as transport:
+        status = await Api(transport).status()
+    if args.json:
+        print(encode(status).decode())
+        return
+    print(
+        f"{status.system}: version {status.version}, {status.buffered} updates waiting{', finished' if status.finished else ''}"
+    )
+    for device in status.devices:
+        newest = max(
+            (m for m in status.measurements if m.device == device.id and "accuracy" in m.metrics),
+            key=lambda m: m.version,
+            default=None,
+        )
+        accuracy = f", accuracy {newest.metrics['accuracy']:.3f} at version {newest.version}" if newest else ""
+        print(f"  {device.name}: {device.updates} updates, {device.uploaded_bytes:,} bytes{accuracy}")
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

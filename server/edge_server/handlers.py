@@ -1,0 +1,122 @@
+"""HTTP handlers: bytes in, one call to the ledger, bytes out. Errors become RFC 9457 problem documents."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from aiohttp import web
+
+from edge_sdk.errors import WireError
+from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem
+from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, check_result, decode, encode
+from edge_server.ledger import Ledger
+
+LEDGER = web.AppKey("ledger", Ledger)
+log = logging.getLogger(__name__)
+routes = web.RouteTableDef()
+
+
+@routes.post("/v1/enroll")
+async def enroll(request: web.Request) -> web.Response:
+    message = decode(await _body(request), Enroll)
+    if message.protocol != PROTOCOL:
+        raise WireError("wrong-protocol", f"this server speaks protocol {PROTOCOL}, the device {message.protocol}")
+    return _json(encode(await request.app[LEDGER].enroll(message.device, message.name)))
+
+
+@routes.post("/v1/work")
+async def work(request: web.Request) -> web.Response:
+    message = decode(await _body(request), Ask)
+    return _json(encode(request.app[LEDGER].plan(message.device, message.can_train)))
+
+
+@routes.post("/v1/results")
+async def results(request: web.Request) -> web.Response:
+    ledger = request.app[LEDGER]
+    if request.content_type == JSON_TYPE:
+        body = await _body(request)
+        evaluation = decode(body, Evaluation)
+        check_result(evaluation)
+        return _json(encode(await ledger.take_evaluation(evaluation, hashlib.sha256(body).hexdigest())))
+    if request.content_type != TENSORS_TYPE:
+        raise WireError("wrong-type", f"send {TENSORS_TYPE} or {JSON_TYPE}", 415)
+    incoming = ledger.blobs.incoming()
+    try:
+        sha256 = await _stream(request, incoming, ledger.body_limit)
+        return _json(encode(await ledger.take_update(incoming, sha256)))
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+@routes.get("/v1/blobs/{sha256}")
+async def blob(request: web.Request) -> web.StreamResponse:
+    sha256 = request.match_info["sha256"]
+    path = request.app[LEDGER].blobs.path(sha256)
+    if path is None:
+        raise WireError("unknown-blob", "there is no blob of this name", 404)
+    return web.FileResponse(path.resolve(), headers={"Content-Type": "application/octet-stream"})
+
+
+@routes.get("/v1/status")
+async def status(request: web.Request) -> web.Response:
+    return _json(encode(request.app[LEDGER].status()))
+
+
+@routes.get("/healthz")
+async def healthz(_: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Every failure as a problem document; what nobody expected is logged here and told to nobody."""
+    try:
+        return await handler(request)
+    except WireError as error:
+        return _problem(error.status, error.code, error.detail)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _problem(error.status, f"http-{error.status}", error.reason)
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return _problem(500, "internal", "the server failed; its log says why. Try again later")
+
+
+async def _body(request: web.Request) -> bytes:
+    """A small body. Raises: WireError: `too-large`."""
+    if request.content_length is not None and request.content_length > MAX_JSON:
+        raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
+    body = bytearray()
+    async for chunk in request.content.iter_chunked(1 << 16):
+        body += chunk
+        if len(body) > MAX_JSON:
+            raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
+    return bytes(body)
+
+
+async def _stream(request: web.Request, to: Path, limit: int) -> str:
+    """Writes the body to a file, never holding it; returns its sha256. Raises: WireError: `too-large`."""
+    if request.content_length is not None and request.content_length > limit:
+        raise WireError("too-large", f"an update may have {limit} bytes, this one claims {request.content_length}", 413)
+    received, digest = 0, hashlib.sha256()
+    with to.open("wb") as file:
+        async for chunk in request.content.iter_chunked(1 << 18):
+            received += len(chunk)
+            if received > limit:
+                raise WireError("too-large", f"an update may have {limit} bytes", 413)
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type=JSON_TYPE)
+
+
+def _problem(status: int, code: str, detail: str) -> web.Response:
+    problem = Problem(f"urn:tandem-edge:{code}", code.replace("-", " "), status, code, detail)
+    return web.Response(status=status, body=encode(problem), content_type=PROBLEM_TYPE)

@@ -1,0 +1,157 @@
+"""The running coordinator: decides on the state, writes the event, applies it, answers; makes versions in the background.
+
+This is the one place where the pure reducer meets the disk. A call from an HTTP handler to the mathematics goes
+handlers -> ledger -> systems/lpfl.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edge_sdk import wire
+from edge_sdk.adapters import Array, write_peft
+from edge_sdk.errors import SettingsError
+from edge_sdk.protocol import PROTOCOL, Evaluation, Manifest, Receipt, Status, Update, Work
+from edge_server import coordinator
+from edge_server.aggregation import Contribution
+from edge_server.coordinator import Buffered, Event, Published, State
+from edge_server.settings import RunSettings
+from edge_server.storage import Blobs, EventLog
+from edge_server.systems import lpfl
+
+
+class Ledger:
+    """One run on one data folder.
+
+    Args:
+        settings: of the run; a folder that holds a run with other settings is refused.
+        manifest: what devices are told.
+        data: folder for the event log, blobs and versions.
+        say: told one line per version.
+
+    Raises:
+        SettingsError: the folder belongs to another run.
+    """
+
+    def __init__(self, settings: RunSettings, manifest: Manifest, data: Path, say: Callable[[str], None] = print) -> None:
+        self.manifest = manifest
+        self.blobs = Blobs(data / "blobs")
+        self._settings = settings
+        self._data = data
+        self._say = say
+        self._shapes = manifest.adapter.shapes()
+        self.body_limit = wire.size_limit(self._shapes)
+        _same_run(data / "run.json", settings, manifest)
+        self._log = EventLog(data / "events.sqlite")
+        events = (msgspec.json.decode(body, type=Event) for body in self._log.read())
+        self.state: State = functools.reduce(coordinator.apply, events, State())
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+
+    async def open(self) -> None:
+        """Publishes version 0 on a fresh folder."""
+        if self.state.version < 0:
+            await asyncio.to_thread(self._publish_files, 0, lpfl.start(self._settings.lpfl, self.manifest.adapter))
+            blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(0))
+            async with self._lock:
+                await self._record(Published(0, blob, 0))
+        self._wake.set()
+
+    def close(self) -> None:
+        self._log.close()
+
+    async def enroll(self, device: str, name: str) -> Manifest:
+        async with self._lock:
+            if event := coordinator.enroll(self.state, device, name):
+                await self._record(event)
+        return self.manifest
+
+    def plan(self, device: str, can_train: bool) -> Work:
+        return lpfl.plan(self._settings.lpfl, self.state, coordinator.known_device(self.state, device), can_train)
+
+    async def take_update(self, incoming: Path, sha256: str) -> Receipt:
+        """Checks a streamed upload, keeps it, and answers once it is on disk.
+
+        Raises:
+            WireError: the upload is refused; nothing of it remains.
+        """
+        body = await asyncio.to_thread(incoming.read_bytes)
+        update, _ = await asyncio.to_thread(wire.unpack, body, self._shapes)
+        id = wire.update_id(update.device, update.version, sha256)
+        self._accept(update, id, sha256, len(body))  # refuse before the disk is touched
+        await asyncio.to_thread(self.blobs.keep, incoming, sha256)
+        async with self._lock:
+            decision = self._accept(update, id, sha256, len(body))
+            if isinstance(decision, Receipt):
+                return decision
+            await self._record(decision)
+        self._wake.set()
+        return self.state.receipts[id]
+
+    async def take_evaluation(self, evaluation: Evaluation, sha256: str) -> Receipt:
+        """Raises: WireError: the evaluation is refused."""
+        id = wire.update_id(evaluation.device, evaluation.version, sha256)
+        async with self._lock:
+            decision = coordinator.take(self.state, evaluation, id)
+            if isinstance(decision, Receipt):
+                return decision
+            await self._record(decision)
+        return self.state.receipts[id]
+
+    async def make_versions(self) -> None:
+        """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while batch := coordinator.due(self.state, self._settings.lpfl.buffer_size):
+                version = self.state.version + 1
+                await asyncio.to_thread(self._aggregate, version, self.state.adapter, batch)
+                blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
+                async with self._lock:
+                    await self._record(Published(version, blob, len(batch)))
+                staleness = ", ".join(str(b.staleness) for b in batch)
+                self._say(f"version {version} from {len(batch)} updates (staleness {staleness})")
+
+    def status(self) -> Status:
+        done = lpfl.finished(self._settings.lpfl, self.state)
+        return coordinator.status(self.state, self._settings.system, done)
+
+    def _accept(self, update: Update, id: str, blob: str, size: int) -> coordinator.Accepted | Receipt:
+        return coordinator.accept(self.state, update, id, blob, size, self._settings.lpfl.max_staleness)
+
+    async def _record(self, event: Event) -> None:
+        """On disk first, then in memory; the caller holds the lock."""
+        await asyncio.to_thread(self._log.append, msgspec.json.encode(event))
+        self.state = coordinator.apply(self.state, event)
+
+    def _aggregate(self, version: int, adapter: str, batch: tuple[Buffered, ...]) -> None:
+        current = wire.unpack_adapter(self.blobs.get(adapter), self._shapes)
+        buffer = (Contribution(wire.unpack(self.blobs.get(b.blob), self._shapes)[1], b.num_examples, b.staleness) for b in batch)
+        self._publish_files(version, lpfl.step(self._settings.lpfl, current, buffer))
+
+    def _publish_files(self, version: int, arrays: dict[str, Array]) -> None:
+        """Every version is a folder that PEFT can load."""
+        write_peft(self._version_folder(version), arrays, self.manifest.adapter, self.manifest.bundle.base)
+
+    def _version_bytes(self, version: int) -> bytes:
+        return (self._version_folder(version) / "adapter_model.safetensors").read_bytes()
+
+    def _version_folder(self, version: int) -> Path:
+        return self._data / "versions" / f"{version:04d}"
+
+
+def _same_run(path: Path, settings: RunSettings, manifest: Manifest) -> None:
+    now = msgspec.json.format(msgspec.json.encode({"settings": settings, "manifest": manifest, "protocol": PROTOCOL}), indent=1)
+    if path.exists():
+        if path.read_bytes() != now:
+            raise SettingsError(f"{path.parent} holds a run with other settings or another bundle; use another --data folder")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_bytes(now)
+    aside.replace(path)

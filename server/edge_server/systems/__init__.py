@@ -1,0 +1,1 @@
+"""One file per published system: its settings, what a device should do next, and the server's step."""

@@ -1,0 +1,88 @@
+"""LP-FL: low-parameter federated learning with soft labels (Jiang, Liu & Fan 2023, arXiv 2307.13896).
+
+    server:  theta^0 <- LoRA that changes nothing
+    device:  theta_k <- Train(theta^t; few labels + soft labels given by theta^t)      edge_sdk/verbs.py
+    server:  theta^(t+1) <- theta^t + lr * weighted mean of (theta_k - theta^t)        once K updates are in
+
+The paper's formulas are not public; docs/systems/lpfl.md says what is reconstructed. Departure: the paper averages in
+synchronous rounds, here an update counts whenever it arrives, by its examples and its staleness (FedBuff).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from edge_sdk.adapters import AdapterSpec, Array, Arrays
+from edge_sdk.errors import SettingsError
+from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
+from edge_sdk.softlabels import SoftLabels
+from edge_sdk.training.batches import Training
+from edge_server.aggregation import Contribution, fedbuff
+from edge_server.coordinator import Device, State
+
+
+class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of a run.
+
+    Args:
+        versions: how many versions are made before the run is finished.
+        buffer_size: updates that make a version (FedBuff's K); all devices for synchronous FedAvg.
+        max_staleness: versions an update's base may lie behind before it is refused.
+        server_lr: step along the mean update.
+        max_examples: an update counts for at most this many examples, whatever it claims.
+        wait_seconds: how long an idle device waits before it asks again.
+        evaluate_every: devices measure every n-th version, the first and the last; 0 for the last only.
+        training: the device's steps.
+        soft: how soft labels are used; None for federated learning on real labels alone.
+        seed: of the first adapter and of the order of examples.
+    """
+
+    versions: int = 8
+    buffer_size: int = 4
+    max_staleness: int = 8
+    server_lr: float = 1.0
+    max_examples: int = 10_000
+    wait_seconds: float = 30.0
+    evaluate_every: int = 1
+    training: Training = Training()
+    soft: SoftLabels | None = SoftLabels()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.versions < 1 or self.buffer_size < 1 or self.max_examples < 1:
+            raise SettingsError("lpfl.versions, lpfl.buffer_size and lpfl.max_examples must be at least 1")
+        if self.max_staleness < 0 or self.evaluate_every < 0 or not self.wait_seconds > 0 or not self.server_lr > 0:
+            raise SettingsError("lpfl.max_staleness and evaluate_every must not be negative; wait_seconds and server_lr positive")
+
+
+def start(settings: LpFl, spec: AdapterSpec) -> dict[str, Array]:
+    """Version 0: an adapter that changes nothing."""
+    return spec.start(settings.seed)
+
+
+def plan(settings: LpFl, state: State, device: Device, can_train: bool) -> Work:
+    """What a device that asks should do now."""
+    last = state.version >= settings.versions
+    if device.evaluated < state.version and (last or _measured(settings, state.version)):
+        return Evaluate(state.version, state.adapter)
+    if last:
+        return Finished(state.version, state.adapter)
+    if device.trained >= state.version or not can_train:
+        return Wait(settings.wait_seconds)
+    return Train(state.version, state.adapter, settings.training, settings.soft, settings.seed + 1 + state.version)
+
+
+def step(settings: LpFl, adapter: Arrays, buffer: Iterable[Contribution]) -> dict[str, Array]:
+    """The next version's adapter."""
+    return fedbuff(adapter, buffer, settings.server_lr, cap=settings.max_examples)
+
+
+def finished(settings: LpFl, state: State) -> bool:
+    """Whether the last version is made and every device has measured it."""
+    return state.version >= settings.versions and all(d.evaluated >= state.version for d in state.devices.values())
+
+
+def _measured(settings: LpFl, version: int) -> bool:
+    return settings.evaluate_every > 0 and version % settings.evaluate_every == 0

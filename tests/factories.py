@@ -1,0 +1,57 @@
+"""Models of a few thousand parameters and values with defaults, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from edge_sdk.adapters import AdapterSpec, Slot
+from edge_sdk.bundle import SCHEMA, Bundle
+from edge_sdk.protocol import PROTOCOL, Manifest
+from edge_sdk.tasks import Kind, Task
+
+GOOD = ["great", "lovely", "fine", "nice", "superb", "bright"]
+BAD = ["awful", "dull", "poor", "sad", "broken", "grim"]
+OTHER = ["a", "the", "film", "phone", "day", "was", "it", "very", "so", "story", "good", "bad", "."]
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+
+ENCODER_TASK = Task(labels=("negative", "positive"), pattern="{text}", verbalizer=(("it was bad",), ("it was good",)), scale=10.0)
+DECODER_TASK = Task(labels=("negative", "positive"), pattern="{text} it was", verbalizer=(("bad",), ("good",)))
+
+SLOTS = (Slot("layer.0.query", 6, 4), Slot("layer.1.query", 6, 4))
+SPEC = AdapterSpec(SLOTS, rank=2, alpha=4.0)
+
+
+def task(kind: Kind) -> Task:
+    return ENCODER_TASK if kind == "encoder" else DECODER_TASK
+
+
+def bundle(kind: Kind = "encoder", slots: tuple[Slot, ...] = SLOTS) -> Bundle:
+    """A description without files."""
+    return Bundle(SCHEMA, kind, "nowhere", None, "unknown", 1000, 16, (1,), (2,), slots, {})
+
+
+def manifest(spec: AdapterSpec = SPEC) -> Manifest:
+    return Manifest(PROTOCOL, "lpfl", ENCODER_TASK, spec, bundle(slots=spec.slots))
+
+
+def write_model(folder: Path, kind: Kind) -> Path:
+    """A transformers folder: two layers of width 16, words as tokens, the same weights every time."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *OTHER, *GOOD, *BAD])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    sizes = {"vocab_size": len(vocabulary), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "encoder":
+            BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
+        else:
+            config = LlamaConfig(**sizes, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=True)
+            LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

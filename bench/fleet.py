@@ -136,9 +136,7 @@ def federate(
         seed = settings.seed + 1 + version
         buffer = []
         for private in fleet:
-            learned = verbs.train(
-                version, adapter, spec, private, settings.training, settings.soft, seed, engine, trainer
-            )
+            learned = verbs.train(version, adapter, spec, private, settings.training, settings.soft, seed, engine, trainer)
             buffer.append(Contribution(learned.delta, learned.num_examples, 0))
         adapter = lpfl.step(settings, adapter, buffer)
     return adapter
@@ -157,4 +155,3 @@ def pooled(fleet: Sequence[Private]) -> Private:
 def flatten(learner: Learner) -> dict[str, Array]:
     """The learner's weights as they stand, copied."""
     return {name: array.copy() for name, array in learner.get().items()}
-

@@ -171,3 +171,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -63,7 +63,7 @@ class ServerSimulator:
         if len(answer) > limit:
             raise Unreachable(f"the answer is longer than {limit} bytes")
         if into is not None:
-            into.write_bytes(answer)
+            into.write_bytes(answer)  # noqa: ASYNC240  # a simulator may block
             return Response(200)
         return Response(200, answer)
 

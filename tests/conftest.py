@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.assets import Asset
+from edge_sdk.tasks import Kind
 from tests import factories
 
 
@@ -20,7 +21,7 @@ def decoder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _bundle(tmp_path_factory.mktemp("decoder"), "decoder")
 
 
-def _bundle(folder: Path, kind: factories.Kind) -> Path:
+def _bundle(folder: Path, kind: Kind) -> Path:
     from edge_export.bundle import make
 
     model = factories.write_model(folder / "model", kind)

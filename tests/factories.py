@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edge_sdk.adapters import AdapterSpec, Slot
 from edge_sdk.bundle import SCHEMA, Bundle
@@ -43,15 +44,16 @@ def write_model(folder: Path, kind: Kind) -> Path:
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *OTHER, *GOOD, *BAD])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
+    hf: Any = transformers  # its classes carry no types
+    hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
     sizes = {"vocab_size": len(vocabulary), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if kind == "encoder":
-            BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
+            hf.BertModel(hf.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
         else:
-            config = LlamaConfig(**sizes, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=True)
-            LlamaForCausalLM(config).save_pretrained(folder)
+            config = hf.LlamaConfig(**sizes, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=True)
+            hf.LlamaForCausalLM(config).save_pretrained(folder)
     return folder

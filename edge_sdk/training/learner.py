@@ -49,10 +49,7 @@ class Learner:
     """
 
     def __init__(self, model: nn.Module, kind: Kind, head: Head, encoder: PromptEncoder) -> None:
-        self.model = model.train()
-        for module in model.modules():  # few-shot fleets over-fit less than dropout under-fits a handful of steps
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        self.model = model.eval()  # gradients flow all the same; no dropout, so what is trained is what is served
         self._kind = kind
         self._encoder = encoder
         self._rows = torch.from_numpy(head.rows)
@@ -70,8 +67,10 @@ class Learner:
         """Freezes `model` and puts LoRA into the slots of `spec`."""
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=[s.module for s in spec.slots], lora_dropout=0.0)  # type: ignore[arg-type]  # PEFT types alpha int, accepts float
-        learner = cls(get_peft_model(model, config), kind, head, encoder)  # type: ignore[arg-type]  # any transformers model will do
+        whole: Any = model  # any transformers model will do
+        alpha: Any = spec.alpha  # PEFT says int and takes a float
+        config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=[slot.module for slot in spec.slots])
+        learner = cls(get_peft_model(whole, config), kind, head, encoder)
         if problem := mismatch(shapes_of(learner.get()), spec.shapes()):
             raise DataError(f"the training model does not fit the bundle: {problem}")
         return learner

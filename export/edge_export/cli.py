@@ -45,7 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     size = sum(file.size for file in bundle.files.values())
-    print(
-        f"{bundle.kind} of {bundle.parameters:,} parameters, {len(bundle.slots)} LoRA slots, {size / 1e6:.0f} MB, {bundle.license}"
-    )
+    slots = f"{len(bundle.slots)} LoRA slots"
+    print(f"{bundle.kind} of {bundle.parameters:,} parameters, {slots}, {size / 1e6:.0f} MB, {bundle.license}")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 async def _serve(args: argparse.Namespace) -> None:
     if not args.trust_network and not _is_local(args.host):
         raise SettingsError(
-            f"{args.host} is reachable from other machines and devices are not authenticated; add --trust-network to do it all the same"
+            f"{args.host} is reachable from other machines and devices are not authenticated yet; --trust-network does it"
         )
     settings = run_settings.load(args.config)
     bundle = bundles.read(args.bundle)
@@ -110,3 +110,7 @@ def _is_local(host: str) -> bool:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,26 @@
+"""`python -m bench NAME [--json OUT] [--full]`: runs one bench, prints its table, writes its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from bench.report import show
+
+BENCHES = {"lpfl": "LP-FL against its baselines", "lpfl_settings": "how LP-FL's settings were chosen, on validation text"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", epilog="; ".join(f"{k}: {v}" for k, v in BENCHES.items()))
+    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("--json", type=Path, help="file for the rows and the summary")
+    parser.add_argument("--full", action="store_true", help="every setting and seed, however long it takes")
+    args = parser.parse_args()
+    show(importlib.import_module(f"bench.{args.name}").run(args.full), args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

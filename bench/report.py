@@ -1,0 +1,78 @@
+"""What every bench shares: the machine's description, the JSON file, and tables on the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished bench: flat rows, the few numbers that matter, and a table for people."""
+
+    bench: str
+    rows: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    table: Table
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    names = ("torch", "transformers", "peft", "onnxruntime", "optimum", "numpy")
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: version(name) for name in names},
+        "commit": _commit(),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation (of the sample; 0 for one value)."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def show(result: Result, out: Path | None) -> None:
+    """Prints the table and writes `{"bench", "machine", "rows", "summary"}`."""
+    console = Console()
+    console.print(result.table)
+    for note in result.notes:
+        console.print(note)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        content = {"bench": result.bench, "machine": machine(), "rows": list(result.rows), "summary": result.summary}
+        out.write_text(json.dumps(content, indent=1) + "\n")
+        console.print(f"written to {out}")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607  # git of the developer's path
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"

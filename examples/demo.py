@@ -1,0 +1,216 @@
+"""The main job, whole and real: one server process, four device processes with private text, LP-FL between them.
+
+    python -m examples.demo [--slm minilm|smollm2] [--out runs/demo]
+
+Each device has one domain of real sentences (movie, amazon, tweets, nyt), 16 of them labelled. Leaves report.json and
+report.html behind; every process is stopped at the end, on an error, and on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+import msgspec
+from rich.console import Console
+from rich.live import Live
+
+from bench import fleet
+from edge_sdk.assets import Asset, resolve
+from edge_sdk.errors import EdgeError
+from edge_sdk.protocol import Status
+from edge_sdk.store import Private, Store
+from edge_server import settings as run_settings
+from examples import icwsm, report
+
+LABELLED, UNLABELLED, HELD_OUT = 16, 240, 300
+DEADLINE = 3600.0  # seconds for the federated part: a stuck run must end
+
+
+class Failed(Exception):
+    """A process ended badly; the text says which one and what it said last."""
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    home: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--slm", choices=("minilm", "smollm2"), default="minilm", help="encoder (default) or decoder (slower)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0, help="which sentences the devices own")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` stops the processes
+    console = Console()
+    try:
+        run(args.slm, args.out, args.seed, console)
+    except (EdgeError, Failed) as error:
+        console.print(f"[red]demo failed:[/red] {error}")
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped; no process is left running")
+        return 130
+    return 0
+
+
+def run(slm: str, out: Path, seed: int, console: Console) -> None:
+    """Assets, data, baselines, federation, report; in that order."""
+    began = time.monotonic()
+    config = fleet.CONFIGS / f"{slm}.toml"
+    settings = run_settings.load(config)
+    with console.status("fetching text and model (cached after the first time)"):
+        domains = icwsm.load(resolve(Asset(icwsm.SOURCE, icwsm.SHA256)))
+        bundle = fleet.bundle_of(slm)
+    console.print(f"assets ready after {time.monotonic() - began:.0f} s")
+    started = time.monotonic()
+    shutil.rmtree(out, ignore_errors=True)
+    homes = {name: out / "devices" / name for name in domains}
+    for name, private in zip(domains, fleet.devices("by-domain", LABELLED, UNLABELLED, HELD_OUT, "test", seed), strict=True):
+        fill(homes[name], private)
+    (out / "logs").mkdir(parents=True)
+    with processes() as started_processes:
+        server, address = start_server(config, bundle, out, started_processes)
+        with console.status("local-only baselines: each device trains on its own labels"):
+            alone = baselines(homes, address, settings, out, started_processes)
+        devices = [start_agent(name, home, address, out, started_processes) for name, home in homes.items()]
+        status = watch(address, devices, server, out, settings.lpfl.versions, console)
+    seconds = time.monotonic() - started
+    result = report.summarize(status, alone, bundle, seconds)
+    (out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    report.write_html(out / "report.html", result, status, slm)
+    console.print(report.table(result))
+    console.print(f"{seconds:.0f} s; {out / 'report.json'} and {out / 'report.html'} tell the whole story")
+
+
+def fill(home: Path, private: Private) -> None:
+    """Puts one device's private text into its store; the truths only measure soft labels."""
+    labels = icwsm.LABELS
+    store = Store(home)
+    store.add_all((e.text, labels[e.label or 0], None, False) for e in private.labelled)
+    store.add_all((text, None, labels[t or 0], False) for text, t in zip(private.unlabelled, private.truths, strict=True))
+    store.add_all((e.text, labels[e.label or 0], None, True) for e in private.held_out)
+    store.close()
+
+
+Running = list[subprocess.Popen[bytes]]
+
+
+@contextmanager
+def processes() -> Iterator[Running]:
+    """Collects child processes; on the way out all of them are asked to stop, then made to."""
+    running: Running = []
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def start(arguments: Sequence[str], log: Path, running: Running) -> subprocess.Popen[bytes]:
+    """Starts one of our programs in a session of its own, so that Ctrl-C reaches it through us, once."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments], stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+    running.append(process)
+    return process
+
+
+def start_server(config: Path, bundle: Path, out: Path, running: Running) -> tuple[subprocess.Popen[bytes], str]:
+    log = out / "logs" / "server.log"
+    arguments = ["edge_server.cli", "serve", "--config", str(config), "--bundle", str(bundle)]
+    process = start([*arguments, "--data", str(out / "server"), "--port", "0"], log, running)
+    while "listening on " not in log.read_text():
+        ended(process, "edge-server", log)
+        time.sleep(0.05)
+    return process, log.read_text().split("listening on ")[1].split(",")[0]
+
+
+def start_agent(name: str, home: Path, address: str, out: Path, running: Running) -> Device:
+    log = out / "logs" / f"{name}.log"
+    arguments = ["edge_sdk.cli", "run", "--home", str(home), "--server", address, "--name", name]
+    return Device(name, home, start(arguments, log, running), log)
+
+
+def baselines(
+    homes: dict[str, Path], address: str, settings: run_settings.RunSettings, out: Path, running: Running
+) -> dict[str, float]:
+    """Accuracy of each device learning alone, with as many steps as it has in the federation."""
+    training = settings.lpfl.training
+
+    def one(item: tuple[str, Path]) -> float:
+        name, home = item
+        log = out / "logs" / f"{name}-baseline.log"
+        arguments = ["edge_sdk.cli", "baseline", "--home", str(home), "--server", address, "--name", name]
+        arguments += ["--steps", str(settings.lpfl.versions * training.steps), "--batch-size", str(training.batch_size)]
+        process = start([*arguments, "--learning-rate", str(training.learning_rate)], log, running)
+        if process.wait() != 0:
+            raise Failed(f"edge-agent baseline of {name} ended with {process.returncode}:\n{log.read_text()[-1000:]}")
+        return float(json.loads(log.read_text().splitlines()[-1])["accuracy"])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(homes, pool.map(one, homes.items()), strict=True))
+
+
+def watch(
+    address: str, devices: Sequence[Device], server: subprocess.Popen[bytes], out: Path, versions: int, console: Console
+) -> Status:
+    """Shows the run as it goes, until every device has measured the last version and gone home."""
+    deadline = time.monotonic() + DEADLINE
+    shown = -1
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        while True:
+            ended(server, "edge-server", out / "logs" / "server.log")
+            status = ask(address)
+            if console.is_terminal:
+                live.update(report.progress(status, versions))
+            elif status.version > shown:
+                shown = status.version
+                console.print(f"version {shown} of {versions}")
+            if all(device.process.poll() == 0 for device in devices):
+                return ask(address)
+            for device in devices:
+                if device.process.poll() not in (None, 0):
+                    ended(device.process, f"edge-agent {device.name}", device.log)
+            if time.monotonic() > deadline:
+                raise Failed(f"not finished after {DEADLINE:.0f} s; see {out / 'logs'}")
+            time.sleep(0.5)
+
+
+def ask(address: str) -> Status:
+    with urlopen(f"{address}/v1/status", timeout=30) as answer:  # noqa: S310  # our own server's address
+        return msgspec.json.decode(answer.read(), type=Status)
+
+
+def ended(process: subprocess.Popen[bytes], name: str, log: Path) -> None:
+    """Raises: Failed: the process has ended."""
+    if (code := process.poll()) is not None:
+        raise Failed(f"{name} ended with {code}:\n{log.read_text()[-1500:]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

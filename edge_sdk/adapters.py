@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from edge_sdk.errors import DataError
@@ -125,6 +126,11 @@ def weighted_mean(items: Iterable[tuple[Arrays, float]]) -> dict[str, Array]:
     return {name: (array / weights).astype(np.float32) for name, array in total.items()}
 
 
+def row_major(arrays: Arrays) -> dict[str, Array]:
+    """The same values, laid out row by row: safetensors writes memory as it lies, so a transposed view would be garbled."""
+    return {name: np.asarray(array, np.float32, order="C") for name, array in arrays.items()}
+
+
 def size_in_bytes(arrays: Mapping[str, NDArray[Any]]) -> int:
     return sum(array.nbytes for array in arrays.values())
 
@@ -132,7 +138,7 @@ def size_in_bytes(arrays: Mapping[str, NDArray[Any]]) -> int:
 def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` that PEFT loads onto the base model."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(arrays), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(row_major(arrays), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
@@ -149,19 +155,27 @@ def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> No
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+_PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+
 def read_peft(folder: Path, slots: Iterable[Slot]) -> tuple[dict[str, Array], AdapterSpec]:
     """Reads a PEFT LoRA directory and checks it against the slots of a base model.
 
     Raises:
-        DataError: not plain LoRA, or names and shapes that do not fit the base.
+        DataError: no such files, not plain LoRA, or names and shapes that do not fit the base.
     """
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for key, wanted in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
-        if config.get(key, wanted) != wanted:
-            raise DataError(f"{folder}: {key} is {config[key]!r}; only plain LoRA ({key}={wanted!r}) is supported")
-    arrays = {name: array.astype(np.float32) for name, array in load_file(folder / "adapter_model.safetensors").items()}
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        for key, wanted in _PLAIN.items():
+            if config.get(key, wanted) != wanted:
+                raise DataError(f"{folder}: {key} is {config[key]!r}; only plain LoRA ({key}={wanted!r}) is supported")
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        loaded = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DataError(f"{folder} is not a PEFT LoRA directory ({error!r})") from error
+    arrays = {name: array.astype(np.float32) for name, array in loaded.items()}
     used = tuple(slot for slot in slots if slot.a in arrays)
-    spec = AdapterSpec(slots=used, rank=int(config["r"]), alpha=float(config["lora_alpha"]))
+    spec = AdapterSpec(slots=used, rank=rank, alpha=alpha)
     if problem := mismatch(shapes_of(arrays), spec.shapes()):
         raise DataError(f"{folder} does not fit this base model: {problem}")
     return arrays, spec

@@ -7,6 +7,7 @@ the process may be killed at any time. Said on stdout: one line per thing done.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -20,12 +21,14 @@ import msgspec
 
 from edge_sdk import bundle as bundles
 from edge_sdk import session, verbs, wire
-from edge_sdk.adapters import Array
+from edge_sdk.adapters import Array, Arrays
 from edge_sdk.errors import AssetError, DataError, Refused, SettingsError, Unreachable, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
 from edge_sdk.session import Action, Event, Session
-from edge_sdk.store import Parcel, Store
+from edge_sdk.store import Parcel, Private, Store
 from edge_sdk.transport import Api, Transport
+
+ADAPTER = "adapter.safetensors"
 
 
 class Models:
@@ -82,34 +85,26 @@ class Agent:
         self._say = say
         self._manifest: Manifest | None = None
         self._models: Models | None = None
+        self._delivered = 0
         self._random = random.Random()  # noqa: S311  # spreads retries, guards nothing
 
     async def run(self, updates: int | None = None) -> int:
         """Takes part until the run is over, or until `updates` updates are delivered.
 
         Returns:
-            The final version, whose adapter is kept in the store; with `updates`, perhaps the version last trained from.
+            The newest version this device holds, the final one where the run is over.
 
         Raises:
             SettingsError: the server speaks another protocol.
-            DataError: with `updates`, training cannot be done on this device.
+            DataError: with `updates`, this device cannot do its work.
         """
         state, action = session.step(Session(session.AskForWork()), session.Started(self._store.pending() is not None), 0.0)
-        trained = -1
-        while not isinstance(action, session.Stop):
+        while not isinstance(action, session.Stop) and self._delivered != updates:
             event = await self._carry_out(action)
-            if isinstance(action, session.Do) and isinstance(action.work, Train):
-                trained = action.work.version
-                if updates is not None and isinstance(event, session.WorkFailed):
-                    raise DataError(event.reason)
-            if updates is not None and trained >= 0 and isinstance(event, session.Delivered):
-                updates -= 1
-                if updates == 0:
-                    return trained
-                trained = -1
+            if updates is not None and isinstance(event, session.WorkFailed):
+                raise DataError(event.reason)
             state, action = session.step(state, event, self._random.random())
-        await self._keep(action.work)
-        return action.work.version
+        return int(self._store.fact("version") or 0)
 
     async def models(self) -> Models:
         """Enrols if need be, fetches the bundle, and loads it."""
@@ -127,7 +122,7 @@ class Agent:
                     await self._enroll()
                     return session.Assigned(await self._api.ask(self._store.device_id, can_train()))
                 case session.Do(work):
-                    self._store.post(await self._do(work))
+                    await self._do(work)
                     return session.Worked()
                 case session.Send():
                     return await self._send()
@@ -161,26 +156,33 @@ class Agent:
         if parcel is not None:
             receipt = await self._api.send(parcel.content_type, parcel.body)
             self._store.delivered()
+            self._delivered += parcel.content_type == wire.TENSORS_TYPE
             self._say(f"delivered {len(parcel.body):,} bytes as {receipt.id[:12]}; the server is at version {receipt.version}")
         return session.Delivered()
 
-    async def _do(self, work: Train | Evaluate) -> Parcel:
-        manifest = await self._enroll()
+    async def _do(self, work: Train | Evaluate | Finished) -> None:
+        """Gets the adapter, works, and puts the result into the outbox; of a finished run only the adapter is kept."""
+        start = await self._adapter(work.adapter, work.version)
+        if isinstance(work, Finished):
+            self._say(f"kept version {work.version}")
+            return
         models = await self.models()
-        start = await self._adapter(work.adapter, manifest)
+        manifest = models.manifest
         private = await asyncio.to_thread(self._store.private, manifest.task.labels)
-        device, spec = self._store.device_id, manifest.adapter
         if isinstance(work, Evaluate):
-            count, metrics = await asyncio.to_thread(verbs.evaluate, start, spec, private, models.engine)
+            count, metrics = await asyncio.to_thread(verbs.evaluate, start, manifest.adapter, private, models.engine)
             self._say(f"version {work.version}: {_numbers(metrics)} on {count} held-out texts")
-            return Parcel(wire.JSON_TYPE, wire.encode(Evaluation(device, work.version, count, metrics)))
-        trainer = await asyncio.to_thread(lambda: models.trainer)
-        learned = await asyncio.to_thread(
-            verbs.train, work.version, start, spec, private, work.training, work.soft, work.seed, models.engine, trainer
-        )
+            evaluation = Evaluation(self._store.device_id, work.version, count, metrics)
+            self._store.post(Parcel(wire.JSON_TYPE, wire.encode(evaluation)))
+            return
+        learned = await asyncio.to_thread(self._learn, work, start, private, models)
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
-        update = Update(device, work.version, learned.num_examples, learned.metrics)
-        return Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta))
+        update = Update(self._store.device_id, work.version, learned.num_examples, learned.metrics)
+        self._store.post(Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta)))
+
+    def _learn(self, work: Train, start: Arrays, private: Private, models: Models) -> verbs.Learned:
+        spec = models.manifest.adapter
+        return verbs.train(work.version, start, spec, private, work.training, work.soft, work.seed, models.engine, models.trainer)
 
     async def _enroll(self) -> Manifest:
         """The run's manifest, asked for once in a process."""
@@ -208,18 +210,16 @@ class Agent:
         await asyncio.to_thread(bundles.verify, folder, manifest.bundle)
         return folder
 
-    async def _adapter(self, sha256: str, manifest: Manifest) -> dict[str, Array]:
-        shapes = manifest.adapter.shapes()
+    async def _adapter(self, sha256: str, version: int) -> dict[str, Array]:
+        """A global adapter, from disk where it is the one kept last, else from the server, and then kept."""
+        shapes = (await self._enroll()).adapter.shapes()
+        if self._store.fact("adapter") == sha256 and (kept := _kept_body(self._store)) is not None:
+            with contextlib.suppress(WireError):  # damaged on disk: fetch it again
+                return wire.unpack_adapter(kept, shapes)
         body = await self._api.blob_bytes(sha256, wire.size_limit(shapes))
-        return wire.unpack_adapter(body, shapes)
-
-    async def _keep(self, work: Finished) -> None:
-        """Stores the run's result, replacing the old adapter only when the new one is whole."""
-        manifest = await self._enroll()
-        await self._bundle(manifest)
-        arrays = await self._adapter(work.adapter, manifest)
-        keep_adapter(self._store, wire.pack_adapter(arrays), work.version)
-        self._say(f"kept version {work.version}")
+        arrays = wire.unpack_adapter(body, shapes)
+        await asyncio.to_thread(_keep, self._store, body, sha256, version)
+        return arrays
 
 
 def bundle_folder(cache: Path, manifest: Manifest) -> Path:
@@ -227,31 +227,37 @@ def bundle_folder(cache: Path, manifest: Manifest) -> Path:
     return cache / "bundles" / hashlib.sha256(msgspec.json.encode(manifest.bundle)).hexdigest()[:16]
 
 
-def keep_adapter(store: Store, body: bytes, version: int) -> None:
-    """Makes `body` the device's adapter: on disk under another name, then renamed."""
-    path = store.home / "adapter.safetensors"
+def kept_adapter(store: Store, manifest: Manifest) -> dict[str, Array] | None:
+    """The newest adapter this device has received, or None.
+
+    Raises:
+        DataError: the kept file is damaged, or belongs to another run.
+    """
+    if (body := _kept_body(store)) is None:
+        return None
+    try:
+        return wire.unpack_adapter(body, manifest.adapter.shapes())
+    except WireError as error:
+        path = store.home / ADAPTER
+        raise DataError(f"{path} does not fit this run ({error.detail}); delete it to go back to the base model") from error
+
+
+def _kept_body(store: Store) -> bytes | None:
+    path = store.home / ADAPTER
+    return path.read_bytes() if path.exists() else None
+
+
+def _keep(store: Store, body: bytes, sha256: str, version: int) -> None:
+    """Makes `body` the device's adapter: on disk under another name, then renamed, so that one of the two is always whole."""
+    path = store.home / ADAPTER
     aside = path.with_suffix(".part")
     with aside.open("wb") as file:
         file.write(body)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+    store.set_fact("adapter", sha256)
     store.set_fact("version", str(version))
-
-
-def kept_adapter(store: Store, manifest: Manifest) -> dict[str, Array] | None:
-    """The adapter kept last, or None; one that does not fit the run any more is not used.
-
-    Raises:
-        DataError: the kept file is damaged.
-    """
-    path = store.home / "adapter.safetensors"
-    if not path.exists():
-        return None
-    try:
-        return wire.unpack_adapter(path.read_bytes(), manifest.adapter.shapes())
-    except WireError as error:
-        raise DataError(f"{path} does not fit this run ({error.detail}); delete it to go back to the base model") from error
 
 
 def _numbers(metrics: dict[str, float]) -> str:

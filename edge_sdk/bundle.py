@@ -81,15 +81,15 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _layer(slot: Slot) -> int:
-    """The first whole number in a module path: `model.layers.7.self_attn.q_proj` -> 7."""
-    return next(int(part) for part in slot.module.split(".") if part.isdigit())
+    """The first whole number in a module path: `model.layers.7.self_attn.q_proj` -> 7; -1 where there is none."""
+    return next((int(part) for part in slot.module.split(".") if part.isdigit()), -1)
 
 
 def read(folder: Path) -> Bundle:
     """Raises: AssetError: there is no readable `bundle.json`."""
     try:
         return msgspec.json.decode((folder / NAME).read_bytes(), type=Bundle)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise AssetError(f"{folder} is not a bundle ({error}); make one with `edge-export bundle`") from error
 
 

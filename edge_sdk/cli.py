@@ -78,13 +78,13 @@ def _add(args: argparse.Namespace) -> int:
 
 def _rows(path: Path) -> Iterator[tuple[str, str | None, str | None, bool]]:
     """Raises: DataError: a line that is not such an object, with its number."""
-    with path.open() as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 unknown = row.keys() - {"text", "label", "truth", "held_out"}
                 text, label, truth, held_out = row["text"], row.get("label"), row.get("truth"), row.get("held_out", False)
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, RecursionError) as error:
                 raise DataError(f'{path}:{number}: not a JSON object with "text" ({error})') from error
             if unknown:
                 raise DataError(

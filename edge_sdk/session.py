@@ -37,7 +37,7 @@ class Assigned:
 
 @dataclass(frozen=True)
 class Worked:
-    """The result is in the outbox."""
+    """The result is in the outbox; of a finished run, the adapter is kept."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class AskForWork:
 
 @dataclass(frozen=True)
 class Do:
-    work: Train | Evaluate
+    """Train, evaluate, or keep the adapter of a finished run."""
+
+    work: Train | Evaluate | Finished
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,7 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Stop:
-    """The run is over; keep the adapter of `work`."""
-
-    work: Finished
+    """The run is over, and its adapter is kept."""
 
 
 Action = AskForWork | Do | Send | Drop | Sleep | Stop
@@ -138,10 +138,10 @@ def step(session: Session, event: Event, jitter: float) -> tuple[Session, Action
             return _to(Send() if pending else AskForWork())
         case AskForWork(), Assigned(Wait(seconds)):
             return _sleep(seconds, AskForWork())
-        case AskForWork(), Assigned(Finished() as work):
-            return _to(Stop(work))
-        case AskForWork(), Assigned(Train() | Evaluate() as work):
+        case AskForWork(), Assigned(Train() | Evaluate() | Finished() as work):
             return _to(Do(work))
+        case Do(Finished()), Worked():
+            return _to(Stop())
         case Do(), Worked():
             return _to(Send())
         case Do(), WorkFailed():

@@ -98,7 +98,7 @@ class Store:
             How many rows were read.
 
         Raises:
-            DataError: an empty text, or a held-out one without a label.
+            DataError: an empty text, one that is not valid Unicode, or a held-out one without a label.
         """
         checked = []
         for text, label, truth, held_out in rows:
@@ -117,8 +117,10 @@ class Store:
                     checked,
                 )
                 self._db.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 self._db.execute("ROLLBACK")
+                if isinstance(error, UnicodeEncodeError):
+                    raise DataError(f"an example is not valid Unicode: {error.object[:60]!r}") from error
                 raise
         return len(checked)
 

@@ -131,6 +131,7 @@ class Api:
         if have < file.size:
             headers = {"Range": f"bytes={have}-"} if have else {}
             _ok(await self._transport.request("GET", f"/v1/blobs/{file.sha256}", headers=headers, into=part, limit=file.size))
+        part.touch()  # an empty answer writes nothing
         with part.open("rb") as written:
             found = hashlib.file_digest(written, "sha256").hexdigest()
         if found != file.sha256:
@@ -167,4 +168,5 @@ def _ok(response: Response) -> Response:
 
 
 def _seconds(value: str | None) -> float | None:
-    return float(value) if value is not None and value.isdigit() else None
+    """Whole seconds; a date, which HTTP also allows, is None."""
+    return float(value) if value is not None and value.isascii() and value.isdigit() else None

@@ -8,17 +8,16 @@ No pickle, no code, no sockets.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
 from safetensors.numpy import save
 
-from edge_sdk.adapters import Array, Arrays, Shapes, mismatch, not_finite
+from edge_sdk.adapters import Array, Arrays, Shapes, mismatch, not_finite, row_major
 from edge_sdk.errors import WireError
 from edge_sdk.protocol import Evaluation, Result, Update
 
@@ -33,7 +32,17 @@ MAX_EXAMPLES = 10_000_000
 MAX_METRICS = 64
 MIN_EXAMPLES: dict[type, int] = {Update: 1, Evaluation: 0}
 
+NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)  # what msgspec raises where JSON or a type is wrong
+
 T = TypeVar("T")
+
+
+class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a safetensors header says of one tensor; whole numbers only, as the reference reader has it."""
+
+    dtype: Literal["F32"]
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -46,15 +55,15 @@ def decode(body: bytes, kind: type[T], limit: int = MAX_JSON) -> T:
         raise WireError("too-large", f"a message may have {limit} bytes, this one has {len(body)}", 413)
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError("bad-message", f"not a valid message: {error}") from error
+    except NOT_JSON as error:
+        raise WireError("bad-message", f"not a valid message: {str(error)[:300]}") from error
     except Exception as error:  # a struct's own bounds (SettingsError) reach us through msgspec
         raise WireError("bad-message", str(error)) from error
 
 
 def pack(update: Update, delta: Arrays) -> bytes:
     """One safetensors file: float32 tensors and the message; the same input gives the same bytes."""
-    return bytes(save(dict(delta), metadata={"message": encode(update).decode()}))
+    return bytes(save(row_major(delta), metadata={"message": encode(update).decode()}))
 
 
 def unpack(body: bytes, shapes: Shapes) -> tuple[Update, dict[str, Array]]:
@@ -65,16 +74,16 @@ def unpack(body: bytes, shapes: Shapes) -> tuple[Update, dict[str, Array]]:
             the adapter's slots), `not-finite` (NaN or infinity), `bad-message`.
     """
     metadata, arrays = _read(body, shapes)
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("message"), str):
+    if "message" not in metadata:
         raise WireError("bad-message", "the tensors carry no `message` in their metadata")
-    update = decode(metadata["message"].encode(errors="replace"), Update)
+    update = decode(metadata["message"].encode(), Update)
     check_result(update)
     return update, arrays
 
 
 def pack_adapter(arrays: Arrays) -> bytes:
     """A global adapter as PEFT's `adapter_model.safetensors`."""
-    return bytes(save(dict(arrays), metadata={"format": "pt"}))
+    return bytes(save(row_major(arrays), metadata={"format": "pt"}))
 
 
 def unpack_adapter(body: bytes, shapes: Shapes) -> dict[str, Array]:
@@ -105,52 +114,55 @@ def check_result(result: Result) -> None:
         raise WireError("not-finite", "a metric is NaN or infinite", 422)
 
 
-def _read(body: bytes, shapes: Shapes) -> tuple[object, dict[str, Array]]:
+def _read(body: bytes, shapes: Shapes) -> tuple[dict[str, str], dict[str, Array]]:
     """The metadata and the finite tensors of safetensors bytes."""
     header, offset = _header(body)
-    metadata = header.pop("__metadata__", None)
+    try:
+        metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
+    except NOT_JSON as error:
+        raise WireError("bad-tensors", "the metadata is not an object of strings") from error
     arrays = _arrays(header, memoryview(body)[offset:], shapes)
     if name := not_finite(arrays):
         raise WireError("not-finite", f"{name} holds NaN or infinity; the update is dropped", 422)
     return metadata, arrays
 
 
-def _header(body: bytes) -> tuple[dict[str, Any], int]:
-    """The JSON header of safetensors bytes and where the data starts."""
+def _header(body: bytes) -> tuple[dict[str, msgspec.Raw], int]:
+    """The JSON header of safetensors bytes, its values not parsed yet, and where the data starts."""
     if len(body) < 8:
         raise WireError("bad-tensors", "shorter than a safetensors file can be")
     (length,) = struct.unpack("<Q", body[:8])
     if length > MAX_HEADER or 8 + length > len(body):
         raise WireError("bad-tensors", f"the header claims {length} bytes; at most {MAX_HEADER}, and it must be there")
     try:
-        header = json.loads(body[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
-        raise WireError("bad-tensors", "the header is not JSON") from error
-    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise WireError("bad-tensors", f"the header must be an object with at most {MAX_TENSORS} tensors")
+        header = msgspec.json.decode(body[8 : 8 + length], type=dict[str, msgspec.Raw])
+    except NOT_JSON as error:
+        raise WireError("bad-tensors", "the header is not a JSON object") from error
+    if len(header) > MAX_TENSORS:
+        raise WireError("bad-tensors", f"the header has {len(header)} entries, at most {MAX_TENSORS} are allowed")
     return header, 8 + length
 
 
-def _arrays(header: Mapping[str, Any], data: memoryview, expected: Shapes) -> dict[str, Array]:
+def _arrays(header: Mapping[str, msgspec.Raw], data: memoryview, expected: Shapes) -> dict[str, Array]:
     """Float32 arrays that have the expected names and shapes and fill `data` exactly; copies, so the body can be let go."""
-    spans: dict[str, tuple[int, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": "F32", "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if not rest:
-                spans[name], shapes[name] = (begin, end), tuple(shape)
-            case _:
-                raise WireError("wrong-shape", f"{name[:100]!r} is not a float32 tensor with shape and offsets", 422)
-    if problem := mismatch(shapes, expected):
+    entries: dict[str, TensorEntry] = {}
+    for name, raw in header.items():
+        try:
+            entries[name] = msgspec.json.decode(raw, type=TensorEntry)
+        except NOT_JSON as error:
+            raise WireError("wrong-shape", f"{name[:100]!r} is not a float32 tensor with shape and offsets", 422) from error
+    if problem := mismatch({name: entry.shape for name, entry in entries.items()}, expected):
         raise WireError("wrong-shape", problem[:500], 422)
     position = 0
-    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
         if begin != position or end - begin != 4 * math.prod(expected[name]) or end > len(data):
             raise WireError("bad-tensors", f"{name} does not lie in the file as its shape says")
         position = end
     if position != len(data):
         raise WireError("bad-tensors", "bytes follow the last tensor")
-    return {
-        name: np.frombuffer(data[begin:end], dtype="<f4").reshape(expected[name]).astype(np.float32)
-        for name, (begin, end) in spans.items()
-    }
+    arrays: dict[str, Array] = {}
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        arrays[name] = np.frombuffer(data[begin:end], dtype="<f4").reshape(expected[name]).astype(np.float32)
+    return arrays

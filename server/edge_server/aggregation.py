@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from edge_sdk.adapters import Array, Arrays, add, weighted_mean
+import numpy as np
+
+from edge_sdk.adapters import Array, Arrays, add, not_finite, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ def fedbuff(
     """new = adapter + server_lr * sum(w_i delta_i) / sum(w_i), with w_i = min(num_examples_i, cap) * (1 + staleness_i)^-exponent.
 
     The sum is divided by the *sum of weights*, not by the buffer's size as in the FedBuff paper (Algorithm 1): so a
-    buffer of fresh updates of all devices, at server_lr 1, is exactly FedAvg (McMahan et al. 2017).
+    buffer of fresh updates of all devices, at server_lr 1, is exactly FedAvg (McMahan et al. 2017). A sum beyond float32
+    leaves the adapter as it is: finite updates of hostile size must not end the run.
 
     Raises:
         DataError: the buffer is empty.
     """
     weighted = ((c.delta, min(c.num_examples, cap) * staleness_weight(c.staleness, exponent)) for c in buffer)
-    return add(adapter, weighted_mean(weighted), server_lr)
+    with np.errstate(over="ignore", invalid="ignore"):
+        new = add(adapter, weighted_mean(weighted), server_lr)
+    return dict(adapter) if not_finite(new) else new

@@ -75,7 +75,8 @@ async def _serve(args: argparse.Namespace) -> None:
         site = web.TCPSite(runner, args.host, args.port)
         await site.start()
         host, port = runner.addresses[0][:2]
-        _say(f"listening on http://{host}:{port}, {settings.system} at version {ledger.state.version}")
+        at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        _say(f"listening on http://{at}, {settings.system} at version {ledger.state.version}")
         await stop.wait()
     finally:
         await runner.cleanup()

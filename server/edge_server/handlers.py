@@ -80,7 +80,12 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _problem(error.status, f"http-{error.status}", error.reason)
+        answer = _problem(error.status, f"http-{error.status}", error.reason)
+        if "Allow" in error.headers:  # a 405 must say what is allowed
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
+    except (web.RequestPayloadError, ConnectionError):  # broken compression, or the device went away
+        return _problem(400, "bad-message", "the body did not arrive whole, or is not compressed as its header says")
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _problem(500, "internal", "the server failed; its log says why. Try again later")
@@ -118,5 +123,5 @@ def _json(body: bytes) -> web.Response:
 
 
 def _problem(status: int, code: str, detail: str) -> web.Response:
-    problem = Problem(f"urn:tandem-edge:{code}", code.replace("-", " "), status, code, detail)
+    problem = Problem(f"urn:tandem-edge:{code}", code.replace("-", " "), status, code, detail[:1000])  # it may quote a body
     return web.Response(status=status, body=encode(problem), content_type=PROBLEM_TYPE)

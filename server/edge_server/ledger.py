@@ -16,7 +16,7 @@ import msgspec
 from edge_sdk import wire
 from edge_sdk.adapters import Array, write_peft
 from edge_sdk.errors import SettingsError
-from edge_sdk.protocol import PROTOCOL, Evaluation, Manifest, Receipt, Status, Update, Work
+from edge_sdk.protocol import PROTOCOL, Evaluation, Manifest, Receipt, Status, Work
 from edge_server import coordinator
 from edge_server.aggregation import Contribution
 from edge_server.coordinator import Buffered, Event, Published, State
@@ -39,6 +39,7 @@ class Ledger:
     """
 
     def __init__(self, settings: RunSettings, manifest: Manifest, data: Path, say: Callable[[str], None] = print) -> None:
+        _same_run(data / "run.json", settings, manifest)
         self.manifest = manifest
         self.blobs = Blobs(data / "blobs")
         self._settings = settings
@@ -46,7 +47,6 @@ class Ledger:
         self._say = say
         self._shapes = manifest.adapter.shapes()
         self.body_limit = wire.size_limit(self._shapes)
-        _same_run(data / "run.json", settings, manifest)
         self._log = EventLog(data / "events.sqlite")
         events = (msgspec.json.decode(body, type=Event) for body in self._log.read())
         self.state: State = functools.reduce(coordinator.apply, events, State())
@@ -83,12 +83,11 @@ class Ledger:
         body = await asyncio.to_thread(incoming.read_bytes)
         update, _ = await asyncio.to_thread(wire.unpack, body, self._shapes)
         id = wire.update_id(update.device, update.version, sha256)
-        self._accept(update, id, sha256, len(body))  # refuse before the disk is touched
-        await asyncio.to_thread(self.blobs.keep, incoming, sha256)
-        async with self._lock:
-            decision = self._accept(update, id, sha256, len(body))
+        async with self._lock:  # two updates at once for one version: the second is refused before its blob is kept
+            decision = coordinator.accept(self.state, update, id, sha256, len(body), self._settings.lpfl.max_staleness)
             if isinstance(decision, Receipt):
                 return decision
+            await asyncio.to_thread(self.blobs.keep, incoming, sha256)
             await self._record(decision)
         self._wake.set()
         return self.state.receipts[id]
@@ -108,7 +107,7 @@ class Ledger:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while batch := coordinator.due(self.state, self._settings.lpfl.buffer_size):
+            while batch := lpfl.due(self._settings.lpfl, self.state):
                 version = self.state.version + 1
                 await asyncio.to_thread(self._aggregate, version, self.state.adapter, batch)
                 blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
@@ -121,11 +120,16 @@ class Ledger:
         done = lpfl.finished(self._settings.lpfl, self.state)
         return coordinator.status(self.state, self._settings.system, done)
 
-    def _accept(self, update: Update, id: str, blob: str, size: int) -> coordinator.Accepted | Receipt:
-        return coordinator.accept(self.state, update, id, blob, size, self._settings.lpfl.max_staleness)
-
     async def _record(self, event: Event) -> None:
-        """On disk first, then in memory; the caller holds the lock."""
+        """On disk first, then in memory, also when the caller is cancelled in between; the caller holds the lock."""
+        writing = asyncio.create_task(self._write(event))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await writing
+            raise
+
+    async def _write(self, event: Event) -> None:
         await asyncio.to_thread(self._log.append, msgspec.json.encode(event))
         self.state = coordinator.apply(self.state, event)
 

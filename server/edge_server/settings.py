@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -31,8 +32,8 @@ class AdapterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_layers: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 256 or not self.alpha > 0 or self.top_layers < 0:
-            raise SettingsError("adapter.rank must be between 1 and 256, alpha positive, top_layers not negative")
+        if not 1 <= self.rank <= 256 or not 0 < self.alpha < math.inf or self.top_layers < 0:
+            raise SettingsError("adapter.rank must be between 1 and 256, alpha positive and finite, top_layers not negative")
 
 
 class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,10 +48,10 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load(path: Path) -> RunSettings:
     """Raises: SettingsError: no such file, not TOML, an unknown key, or a value out of bounds."""
     try:
-        return msgspec.convert(tomllib.loads(path.read_text()), RunSettings)
+        return msgspec.convert(tomllib.loads(path.read_bytes().decode()), RunSettings)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from error
     except (msgspec.ValidationError, EdgeError) as error:
         raise SettingsError(f"{path}: {error}") from error

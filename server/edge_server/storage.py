@@ -95,6 +95,7 @@ class Blobs:
         """Makes an existing file available as a blob without copying it."""
         target = self._folder / sha256
         if not target.exists():
+            target.unlink(missing_ok=True)  # a link to where the file was when the server ran last
             target.symlink_to(path.resolve())
 
     def path(self, sha256: str) -> Path | None:

@@ -10,6 +10,7 @@ synchronous rounds, here an update counts whenever it arrives, by its examples a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -19,8 +20,9 @@ from edge_sdk.errors import SettingsError
 from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.training.batches import Training
+from edge_server import coordinator
 from edge_server.aggregation import Contribution, fedbuff
-from edge_server.coordinator import Device, State
+from edge_server.coordinator import Buffered, Device, State
 
 
 class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,8 +55,10 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.versions < 1 or self.buffer_size < 1 or self.max_examples < 1:
             raise SettingsError("lpfl.versions, lpfl.buffer_size and lpfl.max_examples must be at least 1")
-        if self.max_staleness < 0 or self.evaluate_every < 0 or not self.wait_seconds > 0 or not self.server_lr > 0:
-            raise SettingsError("lpfl.max_staleness and evaluate_every must not be negative; wait_seconds and server_lr positive")
+        if self.max_staleness < 0 or self.evaluate_every < 0:
+            raise SettingsError("lpfl.max_staleness and lpfl.evaluate_every must not be negative")
+        if not 0 < self.wait_seconds < math.inf or not 0 < self.server_lr < math.inf:
+            raise SettingsError("lpfl.wait_seconds and lpfl.server_lr must be positive and finite")
 
 
 def start(settings: LpFl, spec: AdapterSpec) -> dict[str, Array]:
@@ -72,6 +76,11 @@ def plan(settings: LpFl, state: State, device: Device, can_train: bool) -> Work:
     if device.trained >= state.version or not can_train:
         return Wait(settings.wait_seconds)
     return Train(state.version, state.adapter, settings.training, settings.soft, settings.seed + 1 + state.version)
+
+
+def due(settings: LpFl, state: State) -> tuple[Buffered, ...]:
+    """The updates the next version is made from; none after the last version, however many late ones come in."""
+    return () if state.version >= settings.versions else coordinator.due(state, settings.buffer_size)
 
 
 def step(settings: LpFl, adapter: Arrays, buffer: Iterable[Contribution]) -> dict[str, Array]:

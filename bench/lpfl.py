@@ -81,7 +81,7 @@ def settings_of(cell: Cell, run: LpFl) -> LpFl:
     for name, value in cell.change:
         if name == "versions":
             versions = int(value)
-        elif name in ("steps", "learning_rate"):
+        elif name in ("steps", "learning_rate", "dropout"):
             training = msgspec.structs.replace(training, **{name: type(getattr(training, name))(value)})
         elif soft is not None:
             soft = msgspec.structs.replace(soft, **{name: type(getattr(soft, name))(value)})

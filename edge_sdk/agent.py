@@ -13,7 +13,7 @@ import hashlib
 import importlib.util
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -72,10 +72,18 @@ class Agent:
         name: shown to the operator.
         threads: for inference and training.
         say: told one line per thing done.
+        sleep: waits that many seconds.
     """
 
     def __init__(
-        self, store: Store, transport: Transport, cache: Path, name: str, threads: int = 1, say: Callable[[str], None] = print
+        self,
+        store: Store,
+        transport: Transport,
+        cache: Path,
+        name: str,
+        threads: int = 1,
+        say: Callable[[str], None] = print,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._store = store
         self._api = Api(transport)
@@ -83,6 +91,7 @@ class Agent:
         self._name = name
         self._threads = threads
         self._say = say
+        self._sleep = sleep
         self._manifest: Manifest | None = None
         self._models: Models | None = None
         self._delivered = 0
@@ -131,7 +140,7 @@ class Agent:
                     self._say(f"dropped a result the server refused ({code})")
                     return session.Woke()
                 case session.Sleep(seconds):
-                    await asyncio.sleep(seconds)
+                    await self._sleep(seconds)
                     return session.Woke()
                 case _:
                     raise ValueError(f"{action} is for the caller")

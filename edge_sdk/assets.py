@@ -24,7 +24,7 @@ from typing import IO
 from edge_sdk.errors import AssetError
 
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!_-]+)#(?P<file>.+)")
-_HUB = re.compile(r"hf:[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+_HUB = re.compile(r"hf:[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _CONTENTS = ".contents.json"
 
 

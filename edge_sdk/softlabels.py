@@ -20,9 +20,9 @@ class SoftLabels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a device uses soft labels.
 
     Args:
-        growth: texts the soft set gains with every version; version 0 has none, since nothing has been learned yet.
+        growth: texts the soft set gains with every version, beginning with version 0, whose labels are zero-shot.
         limit: largest share of the unlabelled texts ever taken.
-        temperature: of teacher and student in the soft loss.
+        temperature: of the teacher in the soft loss; below 1 sharpens its labels, see `training/losses.py`.
         weight: of the soft loss beside the loss on real labels.
         batch_size: soft texts in each training step.
     """
@@ -52,19 +52,20 @@ class SoftSet:
 
 
 def size(settings: SoftLabels, version: int, available: int) -> int:
-    """How many texts the soft set aims at in `version`: `growth * version`, at most `limit` of those available."""
-    return min(settings.growth * version, int(settings.limit * available))
+    """How many texts the soft set aims at in `version`: `growth * (version + 1)`, at most `limit` of those available."""
+    return min(settings.growth * (version + 1), int(settings.limit * available))
 
 
 def choose(scores: NDArray[np.float32], count: int) -> SoftSet:
-    """Takes about `count` texts, the same number for every class, the most confident first.
+    """Takes `count` texts, of every class the same share, the most confident first.
 
-    A text belongs to the class with the highest score, and its confidence is the margin to the next. A class with fewer
-    texts than its share limits nobody else: its rest stays empty rather than being filled with another class.
+    A text belongs to the class with the highest score, and its confidence is the margin to the next. Class-balanced as in
+    Zou et al. 2018 (CBST, section 4.2): each class gives the same *share* of its texts. The same *number* would tell a
+    device whose texts are mostly positive that half of them are negative.
 
     Args:
         scores: teacher scores, (n, n_classes).
-        count: wanted size of the set.
+        count: wanted size of the set; rounding may add up to n_classes - 1.
 
     Returns:
         Distinct texts in ascending order of index.
@@ -75,10 +76,10 @@ def choose(scores: NDArray[np.float32], count: int) -> SoftSet:
     predicted = scores.argmax(axis=1)
     ordered = np.sort(scores, axis=1)
     margin = ordered[:, -1] - ordered[:, -2]
-    share = -(-count // n_classes)
     chosen: list[NDArray[np.int64]] = []
     for label in range(n_classes):
         of_class = np.flatnonzero(predicted == label)
+        share = -(-min(count, n) * len(of_class) // n)
         chosen.append(of_class[np.argsort(-margin[of_class], kind="stable")][:share])
     indices = np.sort(np.concatenate(chosen)).astype(np.int64)
     return SoftSet(indices, scores[indices])

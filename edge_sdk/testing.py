@@ -33,6 +33,7 @@ class ServerSimulator:
         self.work = list(work)
         self.blobs = dict(blobs or {})
         self.results: list[Result] = []
+        self.bodies: list[bytes] = []  # of the results, as they came
         self.requests: list[tuple[str, str]] = []
         self.refusals: list[WireError] = []
         self.offline = False
@@ -82,6 +83,7 @@ class ServerSimulator:
                 tensors = headers.get("Content-Type") == TENSORS_TYPE
                 result: Result = unpack(body, self.manifest.adapter.shapes())[0] if tensors else decode(body, Evaluation)
                 self.results.append(result)
+                self.bodies.append(body)
                 return encode(Receipt(hashlib.sha256(body).hexdigest(), result.version))
             case ["blobs", sha256] if sha256 in self.blobs:
                 return self.blobs[sha256]

@@ -97,7 +97,7 @@ class HttpTransport:
                             file.write(chunk)
                 return Response(answer.status, bytes(content), dict(answer.headers))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            reason = str(error) or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__  # some are several lines
             raise Unreachable(f"no answer from {self._server} ({reason}); is the server running?") from error
 
 

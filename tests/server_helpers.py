@@ -93,10 +93,10 @@ async def take(ledger: Ledger, body: bytes) -> Receipt:
     """What the handler does with an uploaded body."""
     incoming = ledger.blobs.incoming()
     try:
-        incoming.write_bytes(body)  # noqa: ASYNC240
+        incoming.write_bytes(body)
         return await ledger.take_update(incoming, hashlib.sha256(body).hexdigest())
     finally:
-        incoming.unlink(missing_ok=True)  # noqa: ASYNC240
+        incoming.unlink(missing_ok=True)
 
 
 async def work_through(ledger: Ledger, version: int) -> None:
@@ -115,9 +115,7 @@ def delta(seed: int = 0, spec: AdapterSpec = SPEC) -> dict[str, Array]:
     return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in spec.shapes().items()}
 
 
-def upload(
-    device: str, version: int, seed: int = 0, num_examples: int = 10, metrics: Mapping[str, float] | None = None
-) -> bytes:
+def upload(device: str, version: int, seed: int = 0, num_examples: int = 10, metrics: Mapping[str, float] | None = None) -> bytes:
     """The body a device sends for `delta(seed)`."""
     return wire.pack(Update(device, version, num_examples, dict(metrics or {"loss": 0.5})), delta(seed))
 
@@ -181,23 +179,23 @@ def write_bundle(folder: Path) -> Path:
 
 def write_config(path: Path, run: RunSettings) -> Path:
     """The TOML file of `run`, as far as tests change it."""
-    lpfl = run.lpfl
-    path.write_text(
-        f"""
-        [task]
-        labels = {json.dumps(run.task.labels)}
-        pattern = {json.dumps(run.task.pattern)}
-        verbalizer = {json.dumps(run.task.verbalizer)}
-        scale = {run.task.scale}
-        [adapter]
-        rank = {run.adapter.rank}
-        alpha = {run.adapter.alpha}
-        [lpfl]
-        versions = {lpfl.versions}
-        buffer_size = {lpfl.buffer_size}
-        evaluate_every = {lpfl.evaluate_every}
-        wait_seconds = {lpfl.wait_seconds}
-        """
-    )
+    sections = {
+        "task": ["labels", "pattern", "verbalizer", "scale"],
+        "adapter": ["rank", "alpha"],
+        "lpfl": [
+            "versions",
+            "buffer_size",
+            "max_staleness",
+            "server_lr",
+            "max_examples",
+            "wait_seconds",
+            "evaluate_every",
+            "seed",
+        ],
+    }
+    lines = []
+    for section, keys in sections.items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(getattr(getattr(run, section), key))}" for key in keys)]
+    path.write_text("\n".join(lines) + "\n")
     assert run_settings.load(path) == run
     return path

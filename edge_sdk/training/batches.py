@@ -19,18 +19,23 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         batch_size: labelled examples in each step.
         learning_rate: of AdamW, constant.
         clip: largest norm of one step's gradient.
+        dropout: share of activations dropped while training, in the base's own dropout layers and before LoRA. It is
+            what a student that starts as its own teacher learns against (Xie et al. 2020, noisy student).
     """
 
     steps: int = 10
     batch_size: int = 16
     learning_rate: float = 1e-3
     clip: float = 1.0
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise SettingsError("training.steps and training.batch_size must be at least 1")
         if not 0 < self.learning_rate <= 1 or not self.clip > 0:
             raise SettingsError("training.learning_rate must be in (0, 1] and training.clip positive")
+        if not 0 <= self.dropout < 1:
+            raise SettingsError("training.dropout must be in [0, 1)")
 
 
 def epochs(count: int, batch_size: int, steps: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -7,7 +7,8 @@ adapters; `full` trains every weight and exists for the FedAvg baseline of bench
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Learner:
     """
 
     def __init__(self, model: nn.Module, kind: Kind, head: Head, encoder: PromptEncoder) -> None:
-        self.model = model.eval()  # gradients flow all the same; no dropout, so what is trained is what is served
+        self.model = model.eval()
         self._kind = kind
         self._encoder = encoder
         self._rows = torch.from_numpy(head.rows)
@@ -69,7 +70,8 @@ class Learner:
 
         whole: Any = model  # any transformers model will do
         alpha: Any = spec.alpha  # PEFT says int and takes a float
-        config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=[slot.module for slot in spec.slots])
+        modules = [slot.module for slot in spec.slots]
+        config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=modules, lora_dropout=0.1)  # `_dropout` sets it
         learner = cls(get_peft_model(whole, config), kind, head, encoder)
         if problem := mismatch(shapes_of(learner.get()), spec.shapes()):
             raise DataError(f"the training model does not fit the bundle: {problem}")
@@ -110,7 +112,7 @@ class Learner:
             start: the arrays to start from; not changed.
             labelled: texts with class indices.
             unlabelled: all unlabelled texts; `soft_set` says which are used and what the teacher thinks of them.
-            rng: orders the examples.
+            rng: orders the examples and drops activations.
 
         Returns:
             The trained arrays and the mean loss over the steps.
@@ -127,20 +129,38 @@ class Learner:
         n_soft = len(soft_set) if soft_set is not None and soft is not None else 0
         soft_order = epochs(n_soft, soft.batch_size if soft else 1, training.steps, rng)
         total = 0.0
-        for hard_batch in epochs(len(labelled), training.batch_size, training.steps, rng):
-            soft_batch = next(soft_order)
-            rows = [Row(known[i], 1 / len(hard_batch), label=labelled[i].label) for i in hard_batch]
-            if soft_set is not None and soft is not None:
-                share = soft.weight / max(len(soft_batch), 1)
-                rows += [Row(chosen[i], share, teacher=soft_set.scores[i]) for i in soft_batch]
-            optimizer.zero_grad(set_to_none=True)
-            loss = self._accumulate(rows, soft.temperature if soft else 1.0)
-            if not math.isfinite(loss):
-                raise DataError("the training loss is not finite; lower training.learning_rate")
-            nn.utils.clip_grad_norm_(self._parameters.values(), training.clip)
-            optimizer.step()
-            total += loss
+        with self._dropout(training.dropout, seed=int(rng.integers(2**31))):
+            for hard_batch in epochs(len(labelled), training.batch_size, training.steps, rng):
+                soft_batch = next(soft_order)
+                rows = [Row(known[i], 1 / len(hard_batch), label=labelled[i].label) for i in hard_batch]
+                if soft_set is not None and soft is not None:
+                    share = soft.weight / max(len(soft_batch), 1)
+                    rows += [Row(chosen[i], share, teacher=soft_set.scores[i]) for i in soft_batch]
+                optimizer.zero_grad(set_to_none=True)
+                loss = self._accumulate(rows, soft.temperature if soft else 1.0)
+                if not math.isfinite(loss):
+                    raise DataError("the training loss is not finite; lower training.learning_rate")
+                nn.utils.clip_grad_norm_(self._parameters.values(), training.clip)
+                optimizer.step()
+                total += loss
         return {name: array.copy() for name, array in self.get().items()}, total / training.steps
+
+    @contextmanager
+    def _dropout(self, share: float, seed: int) -> Iterator[None]:
+        """Training mode with this dropout everywhere and a generator of its own; evaluation mode afterwards."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
+            for name in ("dropout_prob", "attention_dropout"):  # attention drops by a number, not by a module
+                if hasattr(module, name):
+                    setattr(module, name, share)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model.train()
+            try:
+                yield
+            finally:
+                self.model.eval()
 
     def _accumulate(self, rows: Sequence[Row], temperature: float) -> float:
         """Adds the gradient of the rows' weighted losses in micro-batches of similar length; returns the loss."""

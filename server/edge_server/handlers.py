@@ -85,7 +85,9 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
             answer.headers["Allow"] = error.headers["Allow"]
         return answer
     except (web.RequestPayloadError, ConnectionError):  # broken compression, or the device went away
-        return _problem(400, "bad-message", "the body did not arrive whole, or is not compressed as its header says")
+        answer = _problem(400, "bad-message", "the body did not arrive whole, or is not compressed as its header says")
+        answer.force_close()  # nobody knows where a next request would start
+        return answer
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _problem(500, "internal", "the server failed; its log says why. Try again later")

@@ -106,8 +106,8 @@ class Blobs:
     def get(self, sha256: str) -> bytes:
         """Raises: DataError: the blob is missing or damaged."""
         path = self.path(sha256)
-        body = path.read_bytes() if path else b""
-        if hashlib.sha256(body).hexdigest() != sha256:
+        body = path.read_bytes() if path else None
+        if body is None or hashlib.sha256(body).hexdigest() != sha256:
             raise DataError(f"blob {sha256} is missing or damaged; restore {self._folder} from a backup")
         return body
 

@@ -1,0 +1,124 @@
+"""Losses against values worked out by hand, and where their gradients go."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from edge_sdk.training import losses
+from tests import strategies  # noqa: F401  # its hypothesis profile
+
+LN3 = math.log(3)
+
+
+def scores(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, requires_grad=True)
+
+
+def gradient(loss: Tensor, of: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(loss.sum(), of)
+    return found
+
+
+def test_hard_loss_of_known_scores() -> None:
+    """Probabilities 1/4 and 3/4: the loss of class 1 is -ln(3/4), that of class 0 is -ln(1/4), one value a row."""
+    found = losses.hard(scores([0.0, LN3], [0.0, LN3]), torch.tensor([1, 0]))
+
+    torch.testing.assert_close(found, torch.tensor([-math.log(3 / 4), -math.log(1 / 4)]))
+
+
+def test_hard_gradient_of_known_scores() -> None:
+    """The gradient is p - onehot: (1/4, 3/4) - (0, 1) = (1/4, -1/4)."""
+    student = scores([0.0, LN3])
+
+    torch.testing.assert_close(gradient(losses.hard(student, torch.tensor([1])), student), torch.tensor([[0.25, -0.25]]))
+
+
+def test_soft_loss_of_known_scores() -> None:
+    """Teacher (1/4, 3/4) against student (1/2, 1/2): 1/4 ln(1/4 : 1/2) + 3/4 ln(3/4 : 1/2) = -1/4 ln 2 + 3/4 ln(3/2)."""
+    found = losses.soft(scores([0.0, 0.0]), torch.tensor([[0.0, LN3]]), temperature=1.0)
+
+    torch.testing.assert_close(found, torch.tensor([-math.log(2) / 4 + 3 / 4 * math.log(3 / 2)]))
+
+
+def test_temperature_sharpens_only_the_teacher() -> None:
+    """T = 1/2 makes the teacher (1/10, 9/10), the student (1/2, 1/2) stays: ln 2 + 1/10 ln 1/10 + 9/10 ln 9/10."""
+    found = losses.soft(scores([0.0, 0.0]), torch.tensor([[0.0, LN3]]), temperature=0.5)
+
+    torch.testing.assert_close(found, torch.tensor([math.log(2) + 0.1 * math.log(0.1) + 0.9 * math.log(0.9)]))
+
+
+def test_soft_gradient_of_known_scores() -> None:
+    """The gradient is student - tempered teacher: (1/2, 1/2) - (1/10, 9/10) = (2/5, -2/5)."""
+    student = scores([0.0, 0.0])
+    found = gradient(losses.soft(student, torch.tensor([[0.0, LN3]]), 0.5), student)
+
+    torch.testing.assert_close(found, torch.tensor([[0.4, -0.4]]))
+
+
+def test_the_gradient_stops_at_the_teacher() -> None:
+    """Only the student learns: its scores get a gradient, the teacher's get none, not even zero."""
+    student, teacher = scores([0.0, 1.0]), scores([2.0, 0.0])
+    losses.soft(student, teacher, 0.5).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0.1
+    assert teacher.grad is None
+
+
+def test_rows_do_not_touch_each_other() -> None:
+    """One value a row: a row's loss is the same alone and among others."""
+    student, teacher = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[0.0, 1.0], [2.0, 2.0]])
+    together = losses.soft(student, teacher, 0.7)
+
+    torch.testing.assert_close(together, torch.cat([losses.soft(student[i : i + 1], teacher[i : i + 1], 0.7) for i in range(2)]))
+
+
+def test_a_student_that_is_its_teacher_learns_nothing_at_temperature_one() -> None:
+    """At T = 1 equal scores are the minimum: loss and gradient are zero, which is why T = 1 is no use at the start."""
+    student = scores([0.3, -1.2, 2.0])
+    loss = losses.soft(student, student.detach(), 1.0)
+
+    torch.testing.assert_close(loss, torch.zeros(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient(loss, student), torch.zeros(1, 3), atol=1e-6, rtol=0)
+
+
+def test_a_student_that_is_its_teacher_learns_at_a_lower_temperature() -> None:
+    """At T < 1 equal scores push towards the class already preferred: (1/4, 3/4) - (1/10, 9/10) = (3/20, -3/20)."""
+    student = scores([0.0, LN3])
+    found = gradient(losses.soft(student, student.detach(), 0.5), student)
+
+    torch.testing.assert_close(found, torch.tensor([[0.15, -0.15]]))
+
+
+table = st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=3)
+
+
+@given(table, table, st.floats(0.25, 4))
+def test_soft_loss_is_never_negative(student: list[float], teacher: list[float], temperature: float) -> None:
+    """A divergence is at least zero, whatever the scores."""
+    assert float(losses.soft(torch.tensor([student]), torch.tensor([teacher]), temperature)) >= -1e-5
+
+
+@given(table, st.permutations([0.0, 1.0, 3.0]))
+def test_towards_temperature_zero_it_is_the_hard_loss(student: list[float], teacher: list[float]) -> None:
+    """As T -> 0 the target becomes the teacher's best class, so the soft loss becomes cross-entropy on it."""
+    row, best = torch.tensor([student]), torch.tensor([teacher]).argmax(dim=1)
+    found = losses.soft(row, torch.tensor([teacher]), temperature=0.01)
+
+    torch.testing.assert_close(found, losses.hard(row, best), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_gradients_agree_with_finite_differences(temperature: float) -> None:
+    """The slope of both losses is the one measured by moving the scores a little, in double precision."""
+    student = torch.tensor([[0.2, -0.7, 1.5], [2.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0, -0.5], [0.1, 0.2, 0.3]], dtype=torch.float64)
+
+    assert torch.autograd.gradcheck(lambda s: losses.soft(s, teacher, temperature), (student,))
+    assert torch.autograd.gradcheck(lambda s: losses.hard(s, torch.tensor([2, 0])), (student,))

@@ -1,0 +1,158 @@
+"""What LP-FL asks of a device in which state, when a run is over, and what a version is made of."""
+
+from __future__ import annotations
+
+import math
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_sdk.errors import SettingsError
+from edge_sdk.protocol import Evaluate, Finished, Train, Wait
+from edge_sdk.training.batches import Training
+from edge_server.aggregation import Contribution
+from edge_server.coordinator import Buffered, Device, State
+from edge_server.systems import lpfl
+from edge_server.systems.lpfl import LpFl
+from tests import factories
+
+EVERY = LpFl(versions=4, buffer_size=2, evaluate_every=1, wait_seconds=7.0, training=Training(steps=3), seed=40)
+LAST_ONLY = LpFl(versions=4, buffer_size=2, evaluate_every=0)
+
+devices = st.builds(Device, st.just("x"), trained=st.integers(-1, 9), evaluated=st.integers(-1, 9))
+
+
+def at(version: int, *devices: Device, buffered: int = 0) -> State:
+    buffer = tuple(Buffered(f"b{i}", 1, 0) for i in range(buffered))
+    return State(version, f"a{version}", buffer, MappingProxyType({f"d{i}": device for i, device in enumerate(devices)}))
+
+
+def test_a_device_measures_before_it_trains() -> None:
+    """A newcomer measures the version it will start from."""
+    assert lpfl.plan(EVERY, at(2), Device("x"), can_train=True) == Evaluate(2, "a2")
+
+
+def test_a_device_that_has_measured_trains() -> None:
+    """Training starts from the newest adapter, with the run's steps and a seed of its version."""
+    work = lpfl.plan(EVERY, at(2), Device("x", trained=1, evaluated=2), can_train=True)
+
+    assert work == Train(2, "a2", Training(steps=3), EVERY.soft, 40 + 1 + 2)
+
+
+def test_a_device_that_has_contributed_waits() -> None:
+    """Nothing more is asked of a device until there is a newer version."""
+    assert lpfl.plan(EVERY, at(2), Device("x", trained=2, evaluated=2), can_train=True) == Wait(7.0)
+    assert isinstance(lpfl.plan(EVERY, at(3), Device("x", trained=2, evaluated=3), can_train=True), Train)
+
+
+def test_a_device_that_cannot_train_measures_and_waits() -> None:
+    """A device without torch still takes part with numbers."""
+    assert lpfl.plan(EVERY, at(2), Device("x", evaluated=1), can_train=False) == Evaluate(2, "a2")
+    assert lpfl.plan(EVERY, at(2), Device("x", evaluated=2), can_train=False) == Wait(7.0)
+
+
+def test_the_last_version_is_measured_and_then_it_is_over() -> None:
+    """After the last version nobody trains; a device is told to stop once it has measured."""
+    assert lpfl.plan(EVERY, at(4), Device("x", trained=3, evaluated=3), can_train=True) == Evaluate(4, "a4")
+    assert lpfl.plan(EVERY, at(4), Device("x", trained=3, evaluated=4), can_train=True) == Finished(4, "a4")
+
+
+def test_evaluate_every_0_measures_the_last_version_only() -> None:
+    """Devices lose no time on measuring before the end, and measure the end."""
+    assert [type(lpfl.plan(LAST_ONLY, at(v), Device("x"), can_train=True)) for v in range(5)] == [Train] * 4 + [Evaluate]
+
+
+def test_evaluate_every_3_measures_the_first_every_third_and_the_last() -> None:
+    """With 8 versions the versions 0, 3, 6 and 8 are measured."""
+    settings = LpFl(versions=8, evaluate_every=3)
+    measured = [v for v in range(9) if isinstance(lpfl.plan(settings, at(v), Device("x"), True), Evaluate)]
+
+    assert measured == [0, 3, 6, 8]
+
+
+@given(devices, st.integers(0, 6), st.booleans(), st.integers(0, 3))
+def test_no_work_is_ever_refused_later(device: Device, version: int, can_train: bool, every: int) -> None:
+    """Whatever a device is asked to do, it has not done for this version, and it can do."""
+    work = lpfl.plan(LpFl(versions=4, evaluate_every=every), at(version), device, can_train)
+
+    match work:
+        case Train():
+            assert can_train
+            assert device.trained < version < 4
+        case Evaluate():
+            assert device.evaluated < version
+        case Finished():
+            assert version >= 4
+            assert device.evaluated >= version
+        case Wait():
+            assert version < 4
+            assert device.trained >= version or not can_train
+
+
+def test_a_run_is_finished_when_everybody_measured_the_last_version() -> None:
+    """One device that has not measured the last version keeps the run open."""
+    assert lpfl.finished(EVERY, at(4, Device("x", evaluated=4), Device("y", evaluated=4)))
+    assert not lpfl.finished(EVERY, at(4, Device("x", evaluated=4), Device("y", evaluated=3)))
+    assert not lpfl.finished(EVERY, at(3, Device("x", evaluated=3)))
+
+
+def test_a_version_is_due_when_the_buffer_is_full() -> None:
+    """One update of two makes nothing; of three, the two oldest are taken."""
+    assert lpfl.due(EVERY, at(3, buffered=1)) == ()
+    assert [b.blob for b in lpfl.due(EVERY, at(3, buffered=3))] == ["b0", "b1"]
+
+
+def test_late_updates_make_no_version_after_the_last() -> None:
+    """A run of 4 versions ends at version 4: devices that were told so have left with it."""
+    assert lpfl.due(EVERY, at(4, buffered=9)) == ()
+
+
+def test_version_0_changes_nothing() -> None:
+    """All of B is zero, so B A x is zero; the seed settles A."""
+    adapter = lpfl.start(LpFl(seed=5), factories.SPEC)
+
+    assert {name: array.shape for name, array in adapter.items()} == factories.SPEC.shapes()
+    assert not any(adapter[slot.b].any() for slot in factories.SLOTS)
+    assert all(adapter[slot.a].any() for slot in factories.SLOTS)
+    assert all((array == lpfl.start(LpFl(seed=5), factories.SPEC)[name]).all() for name, array in adapter.items())
+    assert (adapter[factories.SLOTS[0].a] != lpfl.start(LpFl(seed=6), factories.SPEC)[factories.SLOTS[0].a]).any()
+
+
+def test_a_step_uses_the_runs_settings() -> None:
+    """server_lr scales the step and max_examples caps the claim of 9999 examples: (2 * 1 + 1 * 4) / 3 / 2."""
+    buffer = [Contribution({"w": np.array([value], np.float32)}, n, 0) for value, n in ((1.0, 9999), (4.0, 1))]
+    new = lpfl.step(LpFl(server_lr=0.5, max_examples=2), {"w": np.array([10.0], np.float32)}, buffer)
+
+    assert float(new["w"][0]) == 11.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("versions", 0),
+        ("buffer_size", 0),
+        ("max_examples", 0),
+        ("max_staleness", -1),
+        ("evaluate_every", -1),
+        *((name, value) for name in ("wait_seconds", "server_lr") for value in (0.0, -1.0, math.nan, math.inf)),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(name: str, value: Any) -> None:
+    """Each bound is checked where the setting is made, and the message names the setting."""
+    with pytest.raises(SettingsError, match=name):
+        LpFl(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "smallest",
+    [{"versions": 1}, {"buffer_size": 1}, {"max_staleness": 0}, {"evaluate_every": 0}, {"max_examples": 1}, {"soft": None}],
+)
+def test_the_smallest_settings_are_allowed(smallest: dict[str, Any]) -> None:
+    """A bound itself is inside."""
+    settings = LpFl(**smallest)
+
+    assert {name: getattr(settings, name) for name in smallest} == smallest

@@ -1,0 +1,78 @@
+"""The real model and the real text: what the design says of them holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bench import fleet, lpfl
+from edge_sdk import bundle as bundles
+from edge_sdk.assets import Asset, resolve
+from edge_sdk.tasks import accuracy
+from edge_sdk.training.learner import Learner
+from edge_server import settings as run_settings
+from examples import icwsm
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SIZES = {"movie": 9173, "amazon": 2455, "tweets": 2667, "nyt": 1554}
+
+
+def test_every_rated_sentence_is_read_and_split_once() -> None:
+    """The domains have their published sizes, a fifth is test, and no text of test stands anywhere else."""
+    domains = icwsm.load(resolve(Asset(icwsm.SOURCE, icwsm.SHA256)))
+
+    assert domains.keys() == SIZES.keys()
+    for name, domain in domains.items():
+        parts = [domain.train, domain.validation, domain.test]
+        total = sum(map(len, parts))
+        assert 0.99 * SIZES[name] <= total <= SIZES[name]  # repeated sentences are dropped outside test
+        assert 0.18 < len(domain.test) / SIZES[name] < 0.23
+        texts = [{e.text.casefold() for e in part} for part in parts]
+        assert not texts[0] & texts[1]
+        assert not texts[0] & texts[2]
+        assert not texts[1] & texts[2]
+
+
+@pytest.mark.parametrize("slm", ["minilm", "smollm2"])
+def test_onnx_runtime_scores_real_sentences_as_torch_does(slm: str) -> None:
+    """The exported graph agrees with torch on real text, without and with an adapter, and knows something untrained."""
+    folder = fleet.bundle_of(slm)
+    bundle = bundles.read(folder)
+    bundles.verify(folder, bundle)
+    lab = fleet.lab(slm, threads=2)
+    examples = [e for domain in fleet.domains().values() for e in domain.validation[:20]]
+    texts = [e.text for e in examples]
+    rng = np.random.default_rng(0)
+    random = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in lab.spec.shapes().items()}
+
+    for adapter in (lab.spec.start(0), random):
+        lab.engine.set_adapter(adapter, lab.spec)
+        lab.lora.set(adapter)
+        np.testing.assert_allclose(lab.engine.scores(texts), lab.lora.scores(texts), atol=2e-3)
+    lab.engine.set_adapter(None, lab.spec)
+    assert accuracy(lab.engine.scores(texts), [e.label for e in examples if e.label is not None]) > 0.5
+
+
+def test_the_upload_share_is_that_of_the_decoder() -> None:
+    """One upload of the decoder's adapter is at most half a percent of the model."""
+    assert 0 < lpfl.upload_fraction("smollm2")["upload_fraction"] <= 0.005
+
+
+def test_full_parameter_training_moves_every_weight_that_matters() -> None:
+    """The baseline that trains all weights changes them, and its first scores are those of the base model."""
+    lab = fleet.lab("minilm", threads=2)
+    engine, learner = lab.full()
+    assert isinstance(learner, Learner)
+    texts = [e.text for e in fleet.domains()["movie"].validation[:8]]
+    lab.engine.set_adapter(None, lab.spec)
+    np.testing.assert_allclose(engine.scores(texts), lab.engine.scores(texts), atol=2e-3)
+    assert sum(a.size for a in fleet.flatten(learner).values()) == lab.parameters
+
+
+def test_both_configurations_fit_their_bundles() -> None:
+    """The settings of the demo name layers that the bundles have."""
+    for slm in ("minilm", "smollm2"):
+        settings = run_settings.load(fleet.CONFIGS / f"{slm}.toml")
+        manifest = run_settings.manifest(settings, bundles.read(fleet.bundle_of(slm)))
+        assert manifest.adapter.slots

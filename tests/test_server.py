@@ -1,0 +1,560 @@
+"""HTTP over a real socket: what devices get, and that nothing they send brings the server down or leaves a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import ClientError, ClientResponse
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from yarl import URL
+
+from edge_sdk import wire
+from edge_sdk.adapters import read_peft
+from edge_sdk.bundle import File
+from edge_sdk.errors import Refused
+from edge_sdk.protocol import Ask, Enroll, Evaluation, Manifest, Message, Problem, Receipt, Train, Wait
+from edge_sdk.transport import Api, HttpTransport
+from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
+from tests import factories
+from tests import server_helpers as helpers
+from tests.server_helpers import Running, running, settings, tensors, upload, with_message
+
+EVALUATION = {"result": "evaluation", "device": "d2", "version": 3, "num_examples": 20, "metrics": {"accuracy": 0.75}}
+UPDATE = {"result": "update", "device": "d2", "version": 3, "num_examples": 20, "metrics": {"loss": 0.5}}
+DELTA = helpers.delta()
+HEADER, DATA = helpers.parts(upload("d2", 3))
+A = factories.SLOTS[0].a  # name of one tensor
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Running]:
+    """A fresh run that knows the devices d1 and d2; two updates make a version."""
+    async with running(tmp_path) as made:
+        await made.enroll("d1", "d2")
+        yield made
+
+
+@pytest.fixture
+async def at_3(tmp_path: Path) -> AsyncIterator[Running]:
+    """A run at version 3, all made from updates of d1; updates may be 1 version old."""
+    async with running(tmp_path, settings(buffer_size=1, max_staleness=1)) as made:
+        await made.enroll("d1", "d2")
+        for version in range(3):
+            await made.send(upload("d1", version))
+            await made.reaches(version + 1)
+        yield made
+
+
+async def post(server: Running, path: str, body: Any, kind: str = JSON_TYPE, **headers: str) -> ClientResponse:
+    return await server.client.post(path, data=body, headers={"Content-Type": kind, **headers})
+
+
+async def problem(answer: ClientResponse) -> Problem:
+    """The problem document of a refused request, with every field as RFC 9457 and our protocol want it."""
+    assert answer.content_type == PROBLEM_TYPE
+    document = wire.decode(await answer.read(), Problem)
+    assert document.type == f"urn:tandem-edge:{document.code}"
+    assert document.title == document.code.replace("-", " ")
+    assert document.status == answer.status
+    assert document.detail
+    return document
+
+
+async def traces(server: Running) -> tuple[object, ...]:
+    """Everything a refused request must leave as it was."""
+    answer = await server.client.get("/healthz")
+    assert (answer.status, await answer.text()) == (200, "ok\n")
+    return await server.status(), server.ledger.state, helpers.blobs(server.data), helpers.events(server.data)
+
+
+def changed(message: Mapping[str, object], **changes: object) -> bytes:
+    return json.dumps({**message, **changes}).encode()
+
+
+def without(message: Mapping[str, object], key: str) -> bytes:
+    return json.dumps({name: value for name, value in message.items() if name != key}).encode()
+
+
+def packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """A valid update but for its tensors, whose types are kept."""
+    return bytes(save(dict(arrays), {"message": json.dumps(UPDATE)}))
+
+
+def poisoned(value: float) -> bytes:
+    """A valid update but for one number."""
+    array = DELTA[A].copy()
+    array[1, 2] = value
+    return packed({**DELTA, A: array})
+
+
+# A device's way through a run -----------------------------------------------------------------------------------------
+async def test_a_device_enrols_works_and_is_counted(tmp_path: Path) -> None:
+    """Enrol, work, upload: two updates make a version, and the status says so."""
+    run = settings()
+    start = hashlib.sha256(wire.pack_adapter(factories.SPEC.start(0))).hexdigest()
+    async with running(tmp_path, run) as server:
+        manifest = wire.decode(await (await post(server, "/v1/enroll", encode(Enroll(1, "d1", "one")))).read(), Manifest)
+        await server.enroll("d2")
+        work = wire.decode(await (await post(server, "/v1/work", encode(Ask("d1", True)))).read(), Train)
+        bodies = [upload("d1", work.version, 1), upload("d2", work.version, 2)]
+        receipts = [await server.send(body) for body in bodies]
+        await server.reaches(1)
+        status = await server.status()
+
+    assert manifest == server.ledger.manifest
+    assert work == Train(0, start, run.lpfl.training, run.lpfl.soft, 1)
+    assert [receipt.version for receipt in receipts] == [0, 0]
+    assert (status.version, status.buffered, status.finished) == (1, 0, False)
+    assert [(device.id, device.updates, device.uploaded_bytes) for device in status.devices] == [
+        ("d1", 1, len(bodies[0])),
+        ("d2", 1, len(bodies[1])),
+    ]
+    assert [(m.kind, m.device, m.version, m.num_examples) for m in status.measurements] == [
+        ("update", "d1", 0, 10),
+        ("update", "d2", 0, 10),
+    ]
+
+
+async def test_the_new_version_is_the_fold_of_the_uploads(server: Running) -> None:
+    """The bytes behind the new version's sha256 are the start plus the weighted mean of what was uploaded."""
+    await server.send(upload("d1", 0, seed=1, num_examples=10))
+    await server.send(upload("d2", 0, seed=2, num_examples=30))
+    await server.reaches(1)
+    answer = await server.client.get(f"/v1/blobs/{(await server.status()).adapter}")
+    arrays = wire.unpack_adapter(await answer.read(), helpers.SHAPES)
+
+    for name, start in factories.SPEC.start(0).items():
+        d1, d2 = (helpers.delta(seed)[name].astype(np.float64) for seed in (1, 2))
+        assert (arrays[name] == start + ((10 * d1 + 30 * d2) / 40).astype(np.float32)).all()
+
+
+async def test_a_device_that_has_sent_waits(server: Running) -> None:
+    """The device is not asked for a second update of the same version."""
+    await server.send(upload("d1", 0))
+    answer = await post(server, "/v1/work", encode(Ask("d1", True)))
+
+    assert wire.decode(await answer.read(), Wait) == Wait(0.25)
+
+
+async def test_a_repeated_upload_gets_the_first_receipt(server: Running) -> None:
+    """Also after the version was made, when the same update would be new again to a forgetful server."""
+    first = await server.send(upload("d1", 0))
+    again = [await server.send(upload("d1", 0)) for _ in range(3)]
+    buffered = (await server.status()).buffered
+    await server.send(upload("d2", 0))
+    await server.reaches(1)
+
+    assert again == [first] * 3
+    assert buffered == 1
+    assert await server.send(upload("d1", 0)) == first
+    assert [device.updates for device in (await server.status()).devices] == [1, 1]
+
+
+async def test_an_evaluation_is_answered_and_shown(at_3: Running) -> None:
+    """Numbers of a device that does not train reach the status, once."""
+    answers = [await post(at_3, "/v1/results", changed(EVALUATION)) for _ in range(2)]
+    receipts = [wire.decode(await answer.read(), Receipt) for answer in answers]
+    status = await at_3.status()
+
+    assert receipts[0] == receipts[1]
+    assert [(m.device, m.version, m.num_examples, m.metrics) for m in status.measurements if m.kind == "evaluation"] == [
+        ("d2", 3, 20, {"accuracy": 0.75})
+    ]
+
+
+async def test_a_compressed_upload_is_the_same_upload(server: Running) -> None:
+    """Content-Encoding belongs to the transport: the update is named by its own bytes."""
+    first = await server.send(upload("d1", 0))
+    answer = await post(server, "/v1/results", gzip.compress(upload("d1", 0)), TENSORS_TYPE, **{"Content-Encoding": "gzip"})
+
+    assert wire.decode(await answer.read(), Receipt) == first
+
+
+async def test_every_version_loads_as_peft(at_3: Running) -> None:
+    """Every folder under versions/ is an adapter of this base model."""
+    for version in range(4):
+        arrays, spec = read_peft(at_3.data / "versions" / f"{version:04d}", factories.SLOTS)
+        assert spec == factories.SPEC
+        assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+async def test_a_restart_serves_the_same_run(tmp_path: Path) -> None:
+    """On the same folder a new server is at the same version, with the same adapter, devices and receipts."""
+    async with running(tmp_path) as server:
+        await server.enroll("d1", "d2")
+        receipt = await server.send(upload("d1", 0))
+        await server.send(upload("d2", 0))
+        await server.reaches(1)
+        before = await server.status()
+        adapter = await (await server.client.get(f"/v1/blobs/{before.adapter}")).read()
+    async with running(tmp_path) as again:
+        assert await again.status() == before
+        assert await (await again.client.get(f"/v1/blobs/{before.adapter}")).read() == adapter
+        assert await again.send(upload("d1", 0)) == receipt
+        assert (await again.status()).version == 1
+
+
+# Blobs ----------------------------------------------------------------------------------------------------------------
+async def test_a_blob_is_its_bytes(server: Running) -> None:
+    """A blob comes as octets of exactly its length."""
+    answer = await server.client.get(f"/v1/blobs/{server.ledger.state.adapter}")
+
+    assert (answer.status, answer.content_type) == (200, "application/octet-stream")
+    assert await answer.read() == server.ledger.blobs.get(server.ledger.state.adapter)
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"), [("bytes=100-", slice(100, None)), ("bytes=7-19", slice(7, 20)), ("bytes=-5", slice(-5, None))]
+)
+async def test_a_part_of_a_blob_can_be_asked_for(server: Running, asked: str, part: slice) -> None:
+    """A download can be resumed: 206, the right bytes, and where they lie."""
+    whole = server.ledger.blobs.get(server.ledger.state.adapter)
+    answer = await server.client.get(f"/v1/blobs/{server.ledger.state.adapter}", headers={"Range": asked})
+    start, stop, _ = part.indices(len(whole))
+
+    assert answer.status == 206
+    assert await answer.read() == whole[part]
+    assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
+
+
+async def test_the_devices_client_resumes_a_download(server: Running, tmp_path: Path) -> None:
+    """`Api.blob` goes on behind the bytes it has, and checks the whole."""
+    sha256 = server.ledger.state.adapter
+    whole = server.ledger.blobs.get(sha256)
+    (tmp_path / "adapter.part").write_bytes(whole[:200])
+    async with HttpTransport(str(server.client.make_url("/"))) as transport:
+        await Api(transport).blob(File(sha256, len(whole)), tmp_path / "adapter")
+
+    assert (tmp_path / "adapter").read_bytes() == whole
+    assert not (tmp_path / "adapter.part").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["0" * 64, "0" * 63, "A" * 64, "..%2Fevents.sqlite", "..%2F..%2F..%2Fetc%2Fpasswd", "%00", "incoming-"]
+)
+async def test_a_blob_that_is_none_is_not_found(server: Running, name: str) -> None:
+    """Unknown hashes and paths in disguise are all the same 404."""
+    answer = await server.client.get(URL(f"/v1/blobs/{name}", encoded=True))
+
+    assert answer.status == 404
+    assert (await problem(answer)).code == "unknown-blob"
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+async def test_a_page_that_is_none_is_a_problem_document(server: Running) -> None:
+    """404 in the same form as every other refusal."""
+    answer = await server.client.get("/v2/enroll")
+
+    assert answer.status == 404
+    assert (await problem(answer)).code == "http-404"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/v1/results", {"POST"}), ("DELETE", "/v1/work", {"POST"}), ("POST", "/v1/status", {"GET", "HEAD"})],
+)
+async def test_a_wrong_method_is_a_problem_document(server: Running, method: str, path: str, allowed: set[str]) -> None:
+    """405 says which methods there are, as HTTP wants it."""
+    answer = await server.client.request(method, path)
+
+    assert answer.status == 405
+    assert (await problem(answer)).code == "http-405"
+    assert set(answer.headers["Allow"].split(",")) == allowed
+
+
+REFUSED_JSON = [
+    pytest.param("/v1/enroll", b"", "bad-message", 400, id="no body"),
+    pytest.param("/v1/enroll", b"{", "bad-message", 400, id="broken JSON"),
+    pytest.param("/v1/enroll", b"\xff\xfe", "bad-message", 400, id="not UTF-8"),
+    pytest.param("/v1/enroll", b"[]", "bad-message", 400, id="a list"),
+    pytest.param("/v1/enroll", b"[" * 100_000, "bad-message", 400, id="too deep"),
+    pytest.param("/v1/enroll", b'{"protocol":1,"device":"d9","name":"x","admin":true}', "bad-message", 400, id="unknown field"),
+    pytest.param("/v1/enroll", b'{"protocol":1,"device":"d9"}', "bad-message", 400, id="missing field"),
+    pytest.param("/v1/enroll", b'{"protocol":"1","device":"d9","name":"x"}', "bad-message", 400, id="wrong type"),
+    pytest.param("/v1/enroll", encode(Enroll(2, "d9", "x")), "wrong-protocol", 400, id="another protocol"),
+    pytest.param("/v1/enroll", encode(Enroll(1, "../../d9", "x")), "bad-device", 400, id="a path as id"),
+    pytest.param("/v1/enroll", encode(Enroll(1, "d9", "\x1b[2J")), "bad-device", 400, id="a name of control characters"),
+    pytest.param("/v1/enroll", b" " * (MAX_JSON + 1), "too-large", 413, id="a message too long"),
+    pytest.param("/v1/work", encode(Ask("stranger", True)), "unknown-device", 403, id="work for a stranger"),
+    pytest.param("/v1/work", b'{"device":"d2"}', "bad-message", 400, id="ask without can_train"),
+    pytest.param("/v1/results", changed(EVALUATION, device="stranger"), "unknown-device", 403, id="numbers of a stranger"),
+    pytest.param("/v1/results", changed(EVALUATION, version=4), "unknown-version", 409, id="numbers of the future"),
+    pytest.param("/v1/results", changed(EVALUATION, version=-1), "bad-message", 400, id="numbers of version -1"),
+    pytest.param("/v1/results", changed(EVALUATION, num_examples=-1), "bad-message", 400, id="negative examples"),
+    pytest.param("/v1/results", changed(EVALUATION, num_examples=10**7 + 1), "bad-message", 400, id="too many examples"),
+    pytest.param("/v1/results", changed(EVALUATION, num_examples=10**40), "bad-message", 400, id="an endless number"),
+    pytest.param("/v1/results", changed(EVALUATION, metrics={"a": None}), "bad-message", 400, id="a metric that is none"),
+    pytest.param("/v1/results", changed(EVALUATION, metrics={str(i): 0 for i in range(65)}), "bad-message", 400, id="65 metrics"),
+    pytest.param("/v1/results", changed(EVALUATION, metrics={"m" * 65: 0.0}), "bad-message", 400, id="a long metric"),
+    pytest.param("/v1/results", b'{"result":"evaluation","device":"d2","version":3,"num_examples":1,"metrics":{"a":1e999}}',
+                 "bad-message", 400, id="a metric beyond float64"),
+    pytest.param("/v1/results", changed(EVALUATION, accuracy=1.0), "bad-message", 400, id="an extra field"),
+    pytest.param("/v1/results", without(EVALUATION, "version"), "bad-message", 400, id="no version"),
+    pytest.param("/v1/results", changed(UPDATE), "bad-message", 400, id="an update without tensors"),
+    pytest.param("/v1/results", upload("d2", 3), "bad-message", 400, id="tensors as JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "code", "status"), REFUSED_JSON)
+async def test_a_bad_message_is_refused_without_a_trace(at_3: Running, path: str, body: bytes, code: str, status: int) -> None:
+    """Whatever is wrong with a message has its code, and changes nothing."""
+    before = await traces(at_3)
+    answer = await post(at_3, path, body)
+    document = await problem(answer)
+
+    assert (document.code, document.status) == (code, status)
+    assert await traces(at_3) == before
+
+
+def span(begin: object, end: object, **changes: object) -> bytes:
+    """A valid body but for where the header says one tensor lies, or of which type it is."""
+    return tensors({**HEADER, A: {**HEADER[A], "data_offsets": [begin, end], **changes}}, DATA)
+
+
+REFUSED_TENSORS = [
+    pytest.param(poisoned(np.nan), "not-finite", 422, id="NaN"),
+    pytest.param(poisoned(-np.inf), "not-finite", 422, id="infinity"),
+    pytest.param(packed({**DELTA, A: np.zeros((3, 6), np.float32)}), "wrong-shape", 422, id="another rank"),
+    pytest.param(packed({**DELTA, A: DELTA[A].T.copy()}), "wrong-shape", 422, id="transposed"),
+    pytest.param(packed({**DELTA, A: np.zeros((2, 6))}), "wrong-shape", 422, id="float64"),
+    pytest.param(packed({f"my.{name}": array for name, array in DELTA.items()}), "wrong-shape", 422, id="other names"),
+    pytest.param(packed({**DELTA, "more": DELTA[A]}), "wrong-shape", 422, id="one tensor more"),
+    pytest.param(packed({A: DELTA[A]}), "wrong-shape", 422, id="one tensor only"),
+    pytest.param(packed({}), "wrong-shape", 422, id="no tensors"),
+    pytest.param(b"", "bad-tensors", 400, id="no body"),
+    pytest.param(upload("d2", 3)[:7], "bad-tensors", 400, id="cut in the length"),
+    pytest.param(upload("d2", 3)[:100], "bad-tensors", 400, id="cut in the header"),
+    pytest.param(upload("d2", 3)[:-1], "bad-tensors", 400, id="cut in the data"),
+    pytest.param(upload("d2", 3) + b"\0", "bad-tensors", 400, id="a byte too many"),
+    pytest.param(b"\xff" * 1000, "bad-tensors", 400, id="a header of 2^64 bytes"),
+    pytest.param(tensors(b"{"), "bad-tensors", 400, id="a header that is not JSON"),
+    pytest.param(tensors([]), "bad-tensors", 400, id="a header that is a list"),
+    pytest.param(tensors(b'{"a":' * 5000 + b"1" + b"}" * 5000), "bad-tensors", 400, id="a deep header"),
+    pytest.param(tensors({str(i): 0 for i in range(5000)}), "bad-tensors", 400, id="5000 tensors"),
+    pytest.param(span(0, 2**62), "bad-tensors", 400, id="a tensor beyond the end"),
+    pytest.param(span(-48, 0), "bad-tensors", 400, id="a tensor before the start"),
+    pytest.param(span(4, 52), "bad-tensors", 400, id="overlapping tensors"),
+    pytest.param(span(0.0, 48.5), "wrong-shape", 422, id="offsets between bytes"),
+    pytest.param(span(0, 48, dtype="I32"), "wrong-shape", 422, id="int32"),
+    pytest.param(span(0, 48, dtype="F16"), "wrong-shape", 422, id="float16"),
+    pytest.param(span(0, 48, shape=[2**40, 2**40]), "wrong-shape", 422, id="a shape of 2^80"),
+    pytest.param(span(0, 48, shape=[-2, -6]), "wrong-shape", 422, id="a negative shape"),
+    pytest.param(span(0, 48, shape="26"), "wrong-shape", 422, id="a shape of letters"),
+    pytest.param(tensors(json.dumps({**HEADER, "\ud800": HEADER[A]}).encode(), DATA), "bad-tensors", 400, id="half a surrogate"),
+    pytest.param(tensors({n: v for n, v in HEADER.items() if n != "__metadata__"}, DATA), "bad-message", 400, id="no metadata"),
+    pytest.param(tensors({**HEADER, "__metadata__": {}}, DATA), "bad-message", 400, id="no message"),
+    pytest.param(tensors({**HEADER, "__metadata__": [1]}, DATA), "bad-tensors", 400, id="metadata that are a list"),
+    pytest.param(with_message("{"), "bad-message", 400, id="a broken message"),
+    pytest.param(with_message({**UPDATE, "extra": 1}), "bad-message", 400, id="an extra field"),
+    pytest.param(with_message(EVALUATION), "bad-message", 400, id="an evaluation beside tensors"),
+    pytest.param(with_message({**UPDATE, "num_examples": 0}), "bad-message", 400, id="an update of no examples"),
+    pytest.param(with_message({**UPDATE, "num_examples": -5}), "bad-message", 400, id="negative examples"),
+    pytest.param(with_message({**UPDATE, "num_examples": 2**70}), "bad-message", 400, id="2^70 examples"),
+    pytest.param(with_message({**UPDATE, "version": -1}), "bad-message", 400, id="version -1"),
+    pytest.param(with_message({**UPDATE, "metrics": {str(i): 1 for i in range(65)}}), "bad-message", 400, id="65 metrics"),
+    pytest.param(with_message(json.dumps(UPDATE).replace("0.5", "1e999")), "bad-message", 400, id="a metric beyond float64"),
+    pytest.param(with_message(json.dumps(UPDATE).replace("0.5", "NaN")), "bad-message", 400, id="a metric that is NaN"),
+    pytest.param(with_message({**UPDATE, "device": "stranger"}), "unknown-device", 403, id="a stranger"),
+    pytest.param(with_message({**UPDATE, "device": "d" * 100_000}), "unknown-device", 403, id="a long stranger"),
+    pytest.param(with_message({**UPDATE, "version": 4}), "unknown-version", 409, id="a version of the future"),
+    pytest.param(with_message({**UPDATE, "version": 2**70}), "unknown-version", 409, id="version 2^70"),
+    pytest.param(with_message({**UPDATE, "version": 1}), "too-stale", 409, id="too stale"),
+    pytest.param(upload("d1", 2, seed=7), "already-answered", 409, id="a second update of a version"),
+    pytest.param(upload("d1", 2, num_examples=11), "already-answered", 409, id="the same tensors under another claim"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "code", "status"), REFUSED_TENSORS)
+async def test_a_bad_upload_is_refused_without_a_trace(at_3: Running, body: bytes, code: str, status: int) -> None:
+    """Whatever is wrong with an update has its code; no blob, no event, no version comes of it."""
+    before = await traces(at_3)
+    answer = await post(at_3, "/v1/results", body, TENSORS_TYPE)
+    document = await problem(answer)
+
+    assert (document.code, document.status) == (code, status)
+    assert await traces(at_3) == before
+
+
+async def test_the_refused_uploads_are_wrong_in_one_thing_only(at_3: Running) -> None:
+    """The bodies the cases above start from are accepted as they are."""
+    first = await at_3.send(tensors(HEADER, DATA))
+    await at_3.reaches(4)
+    second = await at_3.send(with_message({**UPDATE, "version": 4}))
+
+    assert (first.version, second.version) == (3, 4)
+    assert [device.updates for device in (await at_3.status()).devices] == [3, 2]
+
+
+async def test_the_refused_messages_are_wrong_in_one_thing_only(at_3: Running) -> None:
+    """The evaluation the cases above start from is accepted as it is."""
+    assert (await post(at_3, "/v1/results", changed(EVALUATION))).status == 200
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/octet-stream", "application/x-python-pickle", ";;;"])
+async def test_another_content_type_is_refused(at_3: Running, kind: str) -> None:
+    """Results are safetensors or JSON; nothing is guessed from the bytes."""
+    before = await traces(at_3)
+    document = await problem(await post(at_3, "/v1/results", upload("d2", 3), kind))
+
+    assert (document.code, document.status) == ("wrong-type", 415)
+    assert await traces(at_3) == before
+
+
+async def chunks(total: int) -> AsyncIterator[bytes]:
+    """A body that does not say how long it will be."""
+    for _ in range(total >> 16):
+        yield bytes(1 << 16)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("path", "kind"), [("/v1/results", TENSORS_TYPE), ("/v1/results", JSON_TYPE), ("/v1/work", JSON_TYPE)])
+async def test_a_body_over_the_limit_is_refused(at_3: Running, path: str, kind: str, chunked: bool) -> None:
+    """With a Content-Length and without, a body ends where the limit is."""
+    before = await traces(at_3)
+    size = 2 * at_3.ledger.body_limit
+    document = await problem(await post(at_3, path, chunks(size) if chunked else bytes(size), kind))
+
+    assert (document.code, document.status) == ("too-large", 413)
+    assert await traces(at_3) == before
+
+
+async def test_the_limit_itself_is_allowed(at_3: Running) -> None:
+    """A body of the largest size is refused for what it holds, one of a byte more for its size."""
+    limit = at_3.ledger.body_limit
+    bodies = [upload("d2", 3).ljust(size, b"\0") for size in (limit, limit + 1)]
+
+    assert [(await problem(await post(at_3, "/v1/results", body, TENSORS_TYPE))).code for body in bodies] == [
+        "bad-tensors",
+        "too-large",
+    ]
+
+
+async def test_a_compressed_bomb_is_refused(at_3: Running) -> None:
+    """The limit holds for what comes out of a compressed body: 50 MB in 50 kB are not kept."""
+    before = await traces(at_3)
+    bomb = gzip.compress(bytes(50 << 20))
+    document = await problem(await post(at_3, "/v1/results", bomb, TENSORS_TYPE, **{"Content-Encoding": "gzip"}))
+
+    assert len(bomb) < 100_000
+    assert (document.code, document.status) == ("too-large", 413)
+    assert await traces(at_3) == before
+
+
+async def test_a_body_that_is_not_compressed_as_it_says_is_refused(at_3: Running) -> None:
+    """Broken compression is the sender's fault, not the server's."""
+    before = await traces(at_3)
+    document = await problem(await post(at_3, "/v1/results", upload("d2", 3), TENSORS_TYPE, **{"Content-Encoding": "gzip"}))
+
+    assert (document.code, document.status) == ("bad-message", 400)
+    assert await traces(at_3) == before
+
+
+async def test_a_long_lie_gets_a_short_answer(at_3: Running) -> None:
+    """A refusal quotes no more than a few words of what it refuses: answers stay below the client's limit."""
+    answer = await post(at_3, "/v1/work", b'{"' + b"a" * 900_000 + b'":1}')
+
+    assert (await problem(answer)).code == "bad-message"
+    assert len(await answer.read()) < 2000
+
+
+async def raw(server: Running, head: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request written by hand, for what a well-behaved client does not send."""
+    reader, writer = await asyncio.open_connection(server.client.host, server.client.port)
+    writer.write(f"POST /v1/results HTTP/1.1\r\nHost: x\r\nContent-Type: {TENSORS_TYPE}\r\n{head}\r\n\r\n".encode() + body)
+    await writer.drain()
+    return reader, writer
+
+
+async def test_a_claimed_length_over_the_limit_is_refused_before_a_byte_is_read(at_3: Running) -> None:
+    """A device that announces a terabyte need not send it to learn that it is too much."""
+    before = await traces(at_3)
+    reader, writer = await raw(at_3, "Content-Length: 1000000000000")
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert await traces(at_3) == before
+
+
+async def test_an_upload_that_breaks_off_leaves_no_file(at_3: Running) -> None:
+    """A device that hangs up in the middle of an upload leaves neither a file nor a trace."""
+    before = await traces(at_3)
+    _, writer = await raw(at_3, "Content-Length: 1000", upload("d2", 3)[:500])
+    await helpers.until(lambda: any(name.startswith("incoming-") for name in helpers.blobs(at_3.data)))
+    writer.close()
+    await helpers.until(lambda: not any(name.startswith("incoming-") for name in helpers.blobs(at_3.data)))
+
+    assert await traces(at_3) == before
+
+
+async def test_http_that_is_none_does_not_stop_the_server(at_3: Running) -> None:
+    """Requests that break HTTP itself are answered with a 4xx by the library, and change nothing."""
+    before = await traces(at_3)
+    for head in ("Content-Length: many", "Transfer-Encoding: chunked\r\n\r\nZZZ", "X: " + "a" * 20_000):
+        reader, writer = await raw(at_3, head)
+        assert (await asyncio.wait_for(reader.readline(), 10)).split()[1].startswith(b"4")
+        writer.close()
+
+    assert await traces(at_3) == before
+
+
+async def test_no_damaged_upload_is_a_server_error(at_3: Running) -> None:
+    """300 uploads with random bytes changed, cut or doubled: each is taken as an update or refused, never a 5xx."""
+    rng = random.Random(11)
+    blobs = helpers.blobs(at_3.data)
+    codes: dict[str, int] = {}
+    for _ in range(300):
+        body = bytearray(upload("d2", 3))
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(8 if rng.random() < 0.1 else len(body))
+            match rng.choice(["flip", "cut", "double"]):
+                case "flip":
+                    body[at] ^= 1 << rng.randrange(8)
+                case "cut":
+                    del body[at : at + rng.randint(1, 9)]
+                case _:
+                    body[at:at] = body[at : at + rng.randint(1, 9)]
+        try:
+            answer = await post(at_3, "/v1/results", bytes(body), TENSORS_TYPE)
+        except ClientError as error:
+            pytest.fail(f"no answer to {bytes(body)!r}: {error}")
+        code = "accepted" if answer.status == 200 else (await problem(answer)).code
+        codes[code] = codes.get(code, 0) + 1
+
+    assert "internal" not in codes
+    assert {"bad-tensors", "wrong-shape", "bad-message"} <= codes.keys()
+    await helpers.until(lambda: len(helpers.blobs(at_3.data)) <= len(blobs) + 2)  # one update and its version at most
+    assert (await at_3.client.get("/healthz")).status == 200
+
+
+async def test_the_devices_client_reads_the_refusals(server: Running) -> None:
+    """What `edge_sdk.transport.Api` raises has the server's code and no wish for a retry."""
+    async with HttpTransport(str(server.client.make_url("/"))) as transport:
+        with pytest.raises(Refused) as refused:
+            await Api(transport).send(JSON_TYPE, encode(Evaluation("stranger", 0, 1, {})))
+
+    assert (refused.value.code, refused.value.status, refused.value.retry_after) == ("unknown-device", 403, None)
+
+
+async def test_messages_are_only_what_the_protocol_says(server: Running) -> None:
+    """No answer holds a field its type does not know: each decodes strictly."""
+    answers: list[tuple[ClientResponse, type[Message]]] = [
+        (await post(server, "/v1/enroll", encode(Enroll(1, "d1", "x"))), Manifest),
+        (await post(server, "/v1/work", encode(Ask("d1", True))), Train),
+        (await post(server, "/v1/results", upload("d1", 0), TENSORS_TYPE), Receipt),
+        (await post(server, "/v1/work", encode(Ask("d1", True))), Wait),
+    ]
+
+    for answer, kind in answers:
+        assert answer.content_type == JSON_TYPE
+        assert isinstance(wire.decode(await answer.read(), kind), kind)

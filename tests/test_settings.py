@@ -1,0 +1,221 @@
+"""A run's TOML file: what is wrong in it is named, what is right reaches the devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_sdk.adapters import AdapterSpec, Slot
+from edge_sdk.errors import SettingsError
+from edge_sdk.protocol import PROTOCOL
+from edge_sdk.softlabels import SoftLabels
+from edge_sdk.tasks import Task
+from edge_sdk.training.batches import Training
+from edge_server import settings as run_settings
+from edge_server.settings import AdapterSettings, RunSettings
+from edge_server.systems.lpfl import LpFl
+from tests import factories
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TASK = {"labels": '["bad", "good"]', "pattern": '"{text}"', "verbalizer": '[["poor"], ["fine"]]'}
+
+Lines = dict[str, str]
+
+DEEP = tuple(
+    Slot(f"encoder.layer.{layer}.attention.self.{name}", 8, 8) for layer in (0, 1, 2, 10) for name in ("query", "key", "value")
+)
+
+
+def toml(folder: Path, sections: dict[str, Lines]) -> Path:
+    """A file with these sections; the section "" is the top."""
+    blocks = [
+        "\n".join([f"[{name}]" if name else "", *(f"{key} = {value}" for key, value in lines.items())])
+        for name, lines in sorted(sections.items())
+    ]
+    path = folder / "run.toml"
+    path.write_text("\n".join(blocks) + "\n")
+    return path
+
+
+def with_line(folder: Path, section: str, key: str, value: str) -> Path:
+    """A good file but for one line."""
+    sections: dict[str, Lines] = {"": {}, "task": dict(TASK), "adapter": {}, "lpfl": {}, "lpfl.training": {}, "lpfl.soft": {}}
+    sections[section][key] = value
+    return toml(folder, sections)
+
+
+def modules(adapter: AdapterSettings) -> list[str]:
+    """The slots a run on a model with layers 0, 1, 2 and 10 trains, without their common parts."""
+    made = run_settings.manifest(RunSettings(factories.ENCODER_TASK, adapter=adapter), factories.bundle(slots=DEEP))
+    return [slot.module.removeprefix("encoder.layer.").replace(".attention.self.", " ") for slot in made.adapter.slots]
+
+
+def test_a_task_is_all_a_file_needs(tmp_path: Path) -> None:
+    """Everything else has a default."""
+    loaded = run_settings.load(toml(tmp_path, {"task": TASK}))
+
+    assert loaded == RunSettings(Task(("bad", "good"), "{text}", (("poor",), ("fine",))))
+    assert (loaded.system, loaded.adapter, loaded.lpfl) == ("lpfl", AdapterSettings(), LpFl())
+
+
+def test_every_section_reaches_its_settings(tmp_path: Path) -> None:
+    """Values land where the file puts them; a whole number is fine where a real one is meant."""
+    loaded = run_settings.load(
+        toml(
+            tmp_path,
+            {
+                "": {"system": '"lpfl"'},
+                "task": {**TASK, "scale": "20", "max_tokens": "48"},
+                "adapter": {"rank": "4", "alpha": "8", "modules": '["query"]', "top_layers": "2"},
+                "lpfl": {"versions": "3", "wait_seconds": "1"},
+                "lpfl.training": {"steps": "2", "learning_rate": "1e-4"},
+                "lpfl.soft": {"growth": "16", "limit": "0.5"},
+            },
+        )
+    )
+
+    assert (loaded.task.scale, loaded.task.max_tokens) == (20.0, 48)
+    assert loaded.adapter == AdapterSettings(4, 8.0, ("query",), 2)
+    assert loaded.lpfl == LpFl(
+        versions=3, wait_seconds=1.0, training=Training(steps=2, learning_rate=1e-4), soft=SoftLabels(growth=16, limit=0.5)
+    )
+
+
+@pytest.mark.parametrize("section", ["", "task", "adapter", "lpfl", "lpfl.training", "lpfl.soft"])
+def test_an_unknown_key_is_named(tmp_path: Path, section: str) -> None:
+    """A misspelt key in any section is an error that names file and key, never a silent default."""
+    with pytest.raises(SettingsError, match=r"run\.toml: .*`colour`"):
+        run_settings.load(with_line(tmp_path, section, "colour", "1"))
+
+
+def test_an_unknown_section_is_named(tmp_path: Path) -> None:
+    """A misspelt section is an unknown key of the file."""
+    with pytest.raises(SettingsError, match="`lpf1`"):
+        run_settings.load(toml(tmp_path, {"task": TASK, "lpf1": {"versions": "2"}}))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("task", "labels", '"bad"'),
+        ("task", "pattern", "1"),
+        ("task", "verbalizer", '["poor", "fine"]'),
+        ("adapter", "rank", "2.5"),
+        ("adapter", "modules", '"query"'),
+        ("lpfl", "versions", '"many"'),
+        ("lpfl", "buffer_size", "true"),
+        ("lpfl", "wait_seconds", "1979-05-27"),
+        ("lpfl.training", "steps", "[1]"),
+        ("lpfl.soft", "limit", '"half"'),
+    ],
+)
+def test_a_wrong_type_is_named(tmp_path: Path, section: str, key: str, value: str) -> None:
+    """A value of another type is refused with the place it stands at, not converted."""
+    with pytest.raises(SettingsError, match=rf"\$\.{section}\.{key}"):
+        run_settings.load(with_line(tmp_path, section, key, value))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("task", "labels", '["good", "good"]'),
+        ("task", "pattern", '"no place for it"'),
+        ("task", "verbalizer", '[["poor"], []]'),
+        ("task", "scale", "0"),
+        ("task", "max_tokens", "513"),
+        ("adapter", "rank", "0"),
+        ("adapter", "rank", "257"),
+        ("adapter", "alpha", "-1"),
+        ("adapter", "alpha", "nan"),
+        ("adapter", "alpha", "inf"),
+        ("adapter", "top_layers", "-1"),
+        ("lpfl", "versions", "0"),
+        ("lpfl", "server_lr", "0"),
+        ("lpfl", "wait_seconds", "inf"),
+        ("lpfl.training", "steps", "0"),
+        ("lpfl.training", "learning_rate", "1.5"),
+        ("lpfl.soft", "limit", "1.5"),
+        ("lpfl.soft", "growth", "0"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named(tmp_path: Path, section: str, key: str, value: str) -> None:
+    """Bounds are checked when the file is read, before a server starts; the message names file and setting."""
+    with pytest.raises(SettingsError, match=rf"run\.toml: .*{key}"):
+        run_settings.load(with_line(tmp_path, section, key, value))
+
+
+def test_a_file_without_a_task_is_refused(tmp_path: Path) -> None:
+    """There is no default task."""
+    with pytest.raises(SettingsError, match="`task`"):
+        run_settings.load(toml(tmp_path, {"lpfl": {"versions": "2"}}))
+
+
+@pytest.mark.parametrize("key", ["labels", "pattern", "verbalizer"])
+def test_a_task_without_a_part_is_refused(tmp_path: Path, key: str) -> None:
+    """Labels, pattern and verbalizer have no defaults, and the missing one is named."""
+    with pytest.raises(SettingsError, match=f"`{key}`"):
+        run_settings.load(toml(tmp_path, {"task": {name: value for name, value in TASK.items() if name != key}}))
+
+
+def test_an_unknown_system_is_refused(tmp_path: Path) -> None:
+    """Only systems that exist can be asked for."""
+    with pytest.raises(SettingsError, match=r"'fedmagic'.*\$\.system"):
+        run_settings.load(with_line(tmp_path, "", "system", '"fedmagic"'))
+
+
+@pytest.mark.parametrize("content", [b"[task\n", b"a = 1\na = 2\n", b"name = '\xff'\n"])
+def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes) -> None:
+    """Broken syntax, a key twice, or bytes that are not UTF-8."""
+    (tmp_path / "run.toml").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"run\.toml is not TOML"):
+        run_settings.load(tmp_path / "run.toml")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """The message has the path and the reason."""
+    with pytest.raises(SettingsError, match=r"nowhere\.toml: No such file"):
+        run_settings.load(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(("name", "words"), [("minilm", ("query", "value")), ("smollm2", ("q_proj", "v_proj"))])
+def test_the_examples_load(name: str, words: tuple[str, str]) -> None:
+    """The files people copy from are valid, and say what they are meant to say."""
+    loaded = run_settings.load(EXAMPLES / f"{name}.toml")
+
+    assert loaded.task.labels == ("negative", "positive")
+    assert loaded.adapter == AdapterSettings(rank=8, alpha=16.0, modules=words)
+    assert loaded.lpfl.soft is not None
+
+
+def test_a_manifest_tells_devices_the_run() -> None:
+    """Task, system and bundle as they are, and an adapter for exactly the chosen slots."""
+    bundle = factories.bundle(slots=DEEP)
+    made = run_settings.manifest(RunSettings(factories.ENCODER_TASK, adapter=AdapterSettings(3, 6.0, ("key",))), bundle)
+
+    assert (made.protocol, made.system, made.task, made.bundle) == (PROTOCOL, "lpfl", factories.ENCODER_TASK, bundle)
+    assert made.adapter == AdapterSpec((DEEP[1], DEEP[4], DEEP[7], DEEP[10]), 3, 6.0)
+
+
+def test_no_modules_means_all_of_them() -> None:
+    """The default puts LoRA into every slot of the bundle."""
+    assert len(modules(AdapterSettings())) == len(DEEP) == 12
+
+
+def test_an_unknown_module_is_named_beside_the_known_ones() -> None:
+    """A module the bundle does not have is refused with the list of those it has."""
+    with pytest.raises(SettingsError, match="no layer named 'q_proj'; it has: key, query, value"):
+        modules(AdapterSettings(modules=("query", "q_proj")))
+
+
+def test_a_part_of_a_name_is_no_module() -> None:
+    """`ery` is not `query`: only whole parts of a path count."""
+    with pytest.raises(SettingsError, match="'ery'"):
+        modules(AdapterSettings(modules=("ery",)))
+
+
+def test_top_layers_picks_those_nearest_the_output() -> None:
+    """Layers count by number, not by text: the topmost of 0, 1, 2 and 10 is 10."""
+    assert modules(AdapterSettings(modules=("query",), top_layers=1)) == ["10 query"]
+    assert modules(AdapterSettings(modules=("query", "key"), top_layers=9)) == ["2 query", "2 key", "10 query", "10 key"]
+    assert modules(AdapterSettings(modules=("value",), top_layers=99)) == ["0 value", "1 value", "2 value", "10 value"]

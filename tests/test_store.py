@@ -1,0 +1,265 @@
+"""What a device keeps survives reopening, wrong input and SIGKILL."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_sdk.errors import DataError
+from edge_sdk.store import Parcel, Private, Store
+from edge_sdk.tasks import Example
+from tests import strategies  # noqa: F401  # its hypothesis profile
+
+LABELS = ("no", "yes")
+Row = tuple[str, str | None, str | None, bool]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[[], Store]]:
+    """Opens the same store, any number of times."""
+    stores: list[Store] = []
+
+    def again() -> Store:
+        stores.append(Store(tmp_path / "home"))
+        return stores[-1]
+
+    yield again
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def store(opened: Callable[[], Store]) -> Store:
+    return opened()
+
+
+# Reopening ------------------------------------------------------------------------------------------------------------
+def test_everything_survives_reopening(opened: Callable[[], Store]) -> None:
+    """Examples, facts, the outbox and the device's id are the same after the process is gone and back."""
+    store = opened()
+    store.add_all([("a", "yes", None, False), ("b", None, "no", False), ("c", "no", None, True)])
+    store.set_fact("version", "3")
+    store.post(Parcel("text/plain", b"body"))
+    before = (store.private(LABELS), store.counts(), store.fact("version"), store.pending(), store.device_id)
+    store.close()
+    again = opened()
+
+    assert (again.private(LABELS), again.counts(), again.fact("version"), again.pending(), again.device_id) == before
+    assert again.pending() == Parcel("text/plain", b"body")
+
+
+def test_a_device_id_is_made_once(opened: Callable[[], Store], tmp_path: Path) -> None:
+    """The id stays, two openings at once agree on it, and another home has another."""
+    first, second = opened(), opened()
+    other = Store(tmp_path / "other")
+
+    assert first.device_id == second.device_id == first.device_id
+    assert len(first.device_id) == 32
+    assert other.device_id != first.device_id
+    other.close()
+
+
+def test_facts_are_replaced(store: Store) -> None:
+    """The newest value of a fact counts; a fact nobody set is None."""
+    store.set_fact("version", "1")
+    store.set_fact("version", "2")
+
+    assert store.fact("version") == "2"
+    assert store.fact("other") is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"this is no database, but long enough to be one" * 10, b"SQLite format 3\0" + b"\xff" * 200]
+)
+def test_a_file_that_is_no_database_is_said_to_be_one(tmp_path: Path, content: bytes) -> None:
+    """A damaged store is a DataError that says what to do, and the file stays for whoever can mend it."""
+    (tmp_path / "device.sqlite").write_bytes(content)
+
+    with pytest.raises(DataError, match=r"device.sqlite cannot be used .*; move it away to start afresh"):
+        Store(tmp_path)
+    assert (tmp_path / "device.sqlite").read_bytes() == content
+
+
+# Examples -------------------------------------------------------------------------------------------------------------
+def test_examples_are_told_apart_by_their_use(store: Store) -> None:
+    """Labelled, unlabelled with or without a truth, and held-out texts each go where they may be used, in order."""
+    store.add("known", "yes")
+    store.add("unknown")
+    store.add("measured", truth="no")
+    store.add("kept aside", "no", held_out=True)
+
+    assert store.private(LABELS) == Private(
+        labelled=(Example("known", 1),),
+        unlabelled=("unknown", "measured"),
+        truths=(None, 0),
+        held_out=(Example("kept aside", 0),),
+    )
+    assert store.counts() == {"labelled": 1, "unlabelled": 2, "held_out": 1}
+
+
+def test_an_empty_store_is_empty(store: Store) -> None:
+    """Nothing kept is nothing found, not an error."""
+    assert store.private(LABELS) == Private((), (), (), ())
+    assert store.counts() == {"labelled": 0, "unlabelled": 0, "held_out": 0}
+    assert store.pending() is None
+
+
+def test_a_text_is_kept_once_and_gains_what_it_lacked(store: Store) -> None:
+    """The same text, apart from space around it, is one example; a label comes to it later, and an older one is not lost."""
+    store.add("a film")
+    store.add("  a film\n", "yes")
+    store.add("a film")
+
+    assert store.private(LABELS).labelled == (Example("a film", 1),)
+    assert store.counts() == {"labelled": 1, "unlabelled": 0, "held_out": 0}
+
+
+def test_a_new_label_replaces_the_old(store: Store) -> None:
+    """Whoever corrects a label is believed."""
+    store.add("a film", "yes")
+    store.add("a film", "no")
+
+    assert store.private(LABELS).labelled == (Example("a film", 0),)
+
+
+rows = st.lists(
+    st.tuples(
+        st.sampled_from("abcdef"), st.sampled_from([None, *LABELS]), st.sampled_from([None, *LABELS]), st.booleans()
+    ).filter(lambda row: row[1] is not None or not row[3]),
+    max_size=12,
+)
+
+
+@settings(max_examples=20)  # each on a disk of its own
+@given(rows)
+def test_once_held_out_always_held_out(tmp_path_factory: pytest.TempPathFactory, added: list[Row]) -> None:
+    """Whatever is added afterwards, a text once held out is never trained on, and each text has exactly one use."""
+    store = Store(tmp_path_factory.mktemp("home"))
+    store.add_all(added)
+    private = store.private(LABELS)
+    store.close()
+    trained = [e.text for e in private.labelled] + list(private.unlabelled)
+
+    assert {e.text for e in private.held_out} == {text for text, _, _, held_out in added if held_out}
+    assert sorted(trained + [e.text for e in private.held_out]) == sorted({text for text, *_ in added})
+    assert len(private.truths) == len(private.unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (("", None, None, False), "needs text"),
+        (("  \n", "yes", None, False), "needs text"),
+        (("held", None, "yes", True), "held-out example needs a label"),
+        (("\ud800", None, None, False), "not valid Unicode"),
+        (("text", "\udfff", None, False), "not valid Unicode"),
+    ],
+)
+def test_one_bad_row_keeps_all_out(store: Store, bad: Row, sentence: str) -> None:
+    """Rows are kept all or none: one that breaks a rule leaves the store as it was, and usable."""
+    store.add("before", "yes")
+    with pytest.raises(DataError, match=sentence):
+        store.add_all([("good", "yes", None, False), bad, ("also good", None, None, False)])
+
+    assert store.counts() == {"labelled": 1, "unlabelled": 0, "held_out": 0}
+    assert store.add_all([("good", "yes", None, False)]) == 1
+
+
+def test_rows_that_stop_coming_keep_all_out(store: Store) -> None:
+    """A source of rows that fails in the middle leaves nothing behind."""
+
+    def failing() -> Iterator[Row]:
+        yield "good", "yes", None, False
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        store.add_all(failing())
+    assert store.counts() == {"labelled": 0, "unlabelled": 0, "held_out": 0}
+
+
+@pytest.mark.parametrize(("label", "truth"), [("maybe", None), (None, "maybe")])
+def test_a_label_of_another_task_is_refused(store: Store, label: str | None, truth: str | None) -> None:
+    """A label or truth the task does not know is named, with the text that has it and the labels there are."""
+    store.add("a film", label, truth)
+
+    with pytest.raises(DataError, match="label 'maybe' of 'a film' is not one of this task's: no, yes"):
+        store.private(LABELS)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "😀", "'; DROP TABLE examples; --", "x" * 100_000, "e\u0301"])
+def test_any_text_comes_back_as_it_was(store: Store, text: str) -> None:
+    """Zeros, quotes, emoji and length do not change a text."""
+    store.add(text, "yes")
+
+    assert store.private(LABELS).labelled == (Example(text, 1),)
+
+
+def test_threads_may_share_a_store(store: Store) -> None:
+    """Texts added from eight threads at once are all there, once."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: store.add(f"text {i % 40}", "yes"), range(80)))
+
+    assert store.counts() == {"labelled": 40, "unlabelled": 0, "held_out": 0}
+
+
+# Outbox ---------------------------------------------------------------------------------------------------------------
+def test_the_outbox_holds_one(store: Store) -> None:
+    """A new parcel takes the place of the old one; delivery empties the outbox, also when it is empty."""
+    store.post(Parcel("a", b"first"))
+    store.post(Parcel("b", b"second"))
+    assert store.pending() == Parcel("b", b"second")
+    store.delivered()
+    store.delivered()
+
+    assert store.pending() is None
+
+
+@pytest.mark.parametrize("body", [b"", b"\0" * 10, bytes(range(256)) * 8000])
+def test_a_parcel_comes_back_byte_for_byte(store: Store, body: bytes) -> None:
+    """Any bytes may be posted: none, zeros, two megabytes."""
+    store.post(Parcel("type", body))
+
+    assert store.pending() == Parcel("type", body)
+
+
+POSTING = """
+import itertools, sys
+from pathlib import Path
+from edge_sdk.store import Parcel, Store
+
+store = Store(Path(sys.argv[1]))
+for number in itertools.count(int(sys.argv[2])):
+    store.post(Parcel("number", str(number).encode() * 5000))
+    print(number, flush=True)
+"""
+
+
+def test_sigkill_loses_no_posted_parcel(tmp_path: Path) -> None:
+    """Killed at any moment, the outbox holds the parcel whose `post` returned last or the one after, whole."""
+    last = -1
+    for seed in range(4):
+        command = [sys.executable, "-c", POSTING, str(tmp_path), str(last + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(random.Random(seed).randint(1, 40)):
+                last = int(process.stdout.readline())
+            process.kill()
+            last = max([last, *(int(line) for line in process.stdout if line.endswith("\n"))])
+        store = Store(tmp_path)
+        found = store.pending()
+        store.close()
+
+        assert found in [Parcel("number", str(number).encode() * 5000) for number in (last, last + 1)]
+        last = int(found.body[: len(found.body) // 5000])
+    with sqlite3.connect(tmp_path / "device.sqlite") as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    database.close()

@@ -1,0 +1,129 @@
+"""Prompts as token ids: the pattern is never cut, padding is exact, batches lose nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from edge_sdk.errors import DataError
+from edge_sdk.tasks import Task
+from edge_sdk.tokens import PromptEncoder, by_length, pad
+from tests import strategies  # noqa: F401  # its hypothesis profile
+
+WORDS = ["[UNK]", "[CLS]", "[SEP]", "it", "was", "good", "bad", "film", "a", "{", "}", "text", "say", ":"]
+ID = {word: i for i, word in enumerate(WORDS)}
+sequences = st.lists(st.lists(st.integers(1, 1000), max_size=12), min_size=1, max_size=20)
+
+
+def task(pattern: str, max_tokens: int = 64) -> Task:
+    return Task(("no", "yes"), pattern, (("bad",), ("good",)), max_tokens=max_tokens)
+
+
+def ids(words: str) -> list[int]:
+    return [ID[word] for word in words.split()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words as tokens, with everything switched on that must not leak into prompts: template, truncation, padding."""
+    made = Tokenizer(models.WordLevel(ID, unk_token="[UNK]"))  # noqa: S106  # a token, no password
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    made.enable_truncation(2)
+    made.enable_padding(length=32)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def encoder(tokenizer: Path, pattern: str = "say : {text} it was", max_tokens: int = 64) -> PromptEncoder:
+    return PromptEncoder(tokenizer, [ID["[CLS]"]], [ID["[SEP]"]], task(pattern, max_tokens))
+
+
+def test_a_prompt_is_the_text_inside_the_pattern(tokenizer: Path) -> None:
+    """Prefix, pattern, text, pattern, suffix; the tokenizer's own template, truncation and padding stay out."""
+    found = encoder(tokenizer).prompts(["a good film", " a "])
+
+    assert found == [ids("[CLS] say : a good film it was [SEP]"), ids("[CLS] say : a it was [SEP]")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("{text}", "[CLS] film [SEP]"), ("{text} it was", "[CLS] film it was [SEP]"), ("say : {text}", "[CLS] say : film [SEP]")],
+)
+def test_a_pattern_may_have_one_side_or_none(tokenizer: Path, pattern: str, expected: str) -> None:
+    """Nothing stands where the pattern has nothing."""
+    assert encoder(tokenizer, pattern).prompts(["film"]) == [ids(expected)]
+
+
+def test_a_long_text_is_cut_and_the_pattern_is_not(tokenizer: Path) -> None:
+    """A text of a hundred tokens keeps its first `max_tokens`, and the words that ask the question stay behind it."""
+    (found,) = encoder(tokenizer, max_tokens=5).prompts(["film " * 100])
+
+    assert found == ids("[CLS] say : film film film film film it was [SEP]")
+
+
+def test_a_text_cannot_play_pattern(tokenizer: Path) -> None:
+    """A text that contains the placeholder is a text like any other."""
+    assert encoder(tokenizer).prompts(["{text}"]) == [ids("[CLS] say : { text } it was [SEP]")]
+
+
+def test_no_text_is_no_prompt(tokenizer: Path) -> None:
+    """Nothing asked, nothing answered."""
+    assert encoder(tokenizer).prompts([]) == []
+
+
+def test_a_description_has_no_pattern(tokenizer: Path) -> None:
+    """A class description stands between the encoder's own start and end, uncut."""
+    assert encoder(tokenizer, max_tokens=4).description("it was " * 4) == ids("[CLS] " + "it was " * 4 + "[SEP]")
+
+
+def test_a_label_word_is_one_token(tokenizer: Path) -> None:
+    """A word of one token has its id; a word of two is refused with its number of tokens."""
+    assert encoder(tokenizer).word("good") == ID["good"]
+    with pytest.raises(DataError, match="label word 'good film' is 2 tokens here"):
+        encoder(tokenizer).word("good film")
+    with pytest.raises(DataError, match="label word '' is 0 tokens here"):
+        encoder(tokenizer).word("")
+
+
+def test_padding_of_known_sequences() -> None:
+    """Short sequences are filled with 0 on the right, and the mask says where."""
+    input_ids, mask = pad([[7, 8, 9], [5], []])
+
+    assert input_ids.tolist() == [[7, 8, 9], [5, 0, 0], [0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert input_ids.dtype == mask.dtype == np.int64
+
+
+@given(sequences)
+def test_padding_can_be_taken_off(rows: list[list[int]]) -> None:
+    """What the mask covers is the sequence, what it does not is 0, and no row is longer than the longest."""
+    input_ids, mask = pad(rows)
+
+    assert [row[: int(kept.sum())].tolist() for row, kept in zip(input_ids, mask, strict=True)] == rows
+    assert (input_ids[mask == 0] == 0).all()
+    assert input_ids.shape == mask.shape == (len(rows), max(len(row) for row in rows))
+
+
+@given(sequences, st.integers(1, 8))
+def test_batches_by_length_lose_nobody(rows: list[list[int]], batch_size: int) -> None:
+    """Every index comes exactly once, in full batches but for the last, from the shortest sequence to the longest."""
+    batches = list(by_length(rows, batch_size))
+    order = [i for batch in batches for i in batch]
+    lengths = [len(rows[i]) for i in order]
+
+    assert sorted(order) == list(range(len(rows)))
+    assert lengths == sorted(lengths)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert 1 <= len(batches[-1]) <= batch_size
+
+
+def test_no_sequences_are_no_batches() -> None:
+    """Nothing to batch gives no batch, not an empty one."""
+    assert list(by_length([], 4)) == []

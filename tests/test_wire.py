@@ -1,0 +1,516 @@
+"""Bytes and messages: what we write we read, and nothing hostile gets past the reader.
+
+The invariant of all fuzzing here: whatever bytes arrive, `unpack` and `decode` return a checked value or raise
+`WireError`, never anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from edge_sdk import wire
+from edge_sdk.adapters import Array, Arrays
+from edge_sdk.errors import WireError
+from edge_sdk.protocol import (
+    Ask,
+    Enroll,
+    Evaluate,
+    Evaluation,
+    Finished,
+    Manifest,
+    Problem,
+    Receipt,
+    Result,
+    Status,
+    Train,
+    Update,
+    Wait,
+    Work,
+)
+from edge_sdk.softlabels import SoftLabels
+from edge_sdk.training.batches import Training
+from edge_sdk.wire import MAX_EXAMPLES, MAX_HEADER, MAX_JSON, MAX_METRICS, MAX_TENSORS
+from tests import factories, strategies
+from tests.golden import regenerate
+
+T = TypeVar("T")
+
+SHAPES = factories.SPEC.shapes()
+UPDATE = Update("device", 3, 16, {"loss": 0.25})
+DELTA = factories.SPEC.start(1)
+BODY = wire.pack(UPDATE, DELTA)
+MESSAGE = wire.encode(UPDATE).decode()
+DATA_SIZE = 4 * sum(math.prod(shape) for shape in SHAPES.values())
+KINDS: tuple[Any, ...] = (Update, Evaluation, Work, Ask, Enroll, Manifest, Receipt, Problem, Status)
+
+
+def framed(header: bytes, data: bytes = bytes(DATA_SIZE)) -> bytes:
+    """A safetensors file with this header."""
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def right_header() -> dict[str, Any]:
+    """The header `unpack` likes, in the order of `SHAPES`."""
+    header: dict[str, Any] = {"__metadata__": {"message": MESSAGE}}
+    position = 0
+    for name, shape in SHAPES.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    return header
+
+
+Unpacked = tuple[Update, dict[str, Array]]
+
+
+def check_unpacked(body: bytes) -> Unpacked | None:
+    """`unpack` under the invariant: a value that keeps every promise, or None where it raised a WireError that does."""
+    found = attempt(lambda: wire.unpack(body, SHAPES))
+    if isinstance(found, WireError):
+        check_refusal(found, {"bad-tensors", "wrong-shape", "not-finite", "bad-message"})
+        return None
+    update, arrays = found
+    assert {name: array.shape for name, array in arrays.items()} == SHAPES
+    assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays.values())
+    assert 1 <= update.num_examples <= MAX_EXAMPLES
+    assert update.version >= 0
+    assert all(math.isfinite(value) for value in update.metrics.values())
+    assert wire.decode(wire.encode(update), Update) == update
+    return found
+
+
+def check_decoded(body: bytes, kind: Any) -> None:
+    """`decode` under the invariant: what it returns can be encoded again, what it raises can be told."""
+    found = attempt(lambda: wire.decode(body, kind))
+    if isinstance(found, WireError):
+        check_refusal(found, {"bad-message"})
+    else:
+        assert wire.decode(wire.encode(found), kind) == found
+
+
+def check_refusal(error: WireError, codes: set[str]) -> None:
+    """A refusal has a known code and a client's status, and its sentence is short and can be sent."""
+    assert error.code in codes
+    assert 400 <= error.status < 500
+    assert len(error.detail) <= 600
+    assert wire.encode(Problem("", "", error.status, error.code, error.detail))
+
+
+def attempt(call: Callable[[], T]) -> T | WireError:
+    try:
+        return call()
+    except WireError as error:
+        return error
+
+
+def refusal(body: bytes) -> str:
+    """The code `unpack` refuses with."""
+    with pytest.raises(WireError) as caught:
+        wire.unpack(body, SHAPES)
+    return caught.value.code
+
+
+# Round trips ----------------------------------------------------------------------------------------------------------
+@given(strategies.updates(), strategies.adapters(SHAPES))
+def test_an_update_comes_back_bit_for_bit(update: Update, delta: dict[str, Array]) -> None:
+    """unpack is the inverse of pack for every valid update, down to the sign of zero and the smallest number."""
+    found, arrays = wire.unpack(wire.pack(update, delta), SHAPES)
+
+    assert found == update
+    assert strategies.same(arrays, delta)
+
+
+@given(strategies.updates(), strategies.adapters(SHAPES), st.permutations(list(SHAPES)))
+def test_the_same_input_gives_the_same_bytes(update: Update, delta: dict[str, Array], order: list[str]) -> None:
+    """A device that repeats its work sends the same bytes, in whatever order or memory layout its arrays are."""
+    again = {name: np.asfortranarray(delta[name]) for name in order}
+
+    assert wire.pack(update, again) == wire.pack(update, delta)
+
+
+@given(strategies.adapters(SHAPES))
+def test_an_adapter_comes_back_bit_for_bit(arrays: dict[str, Array]) -> None:
+    """unpack_adapter is the inverse of pack_adapter, and any safetensors reader reads the same."""
+    body = wire.pack_adapter(arrays)
+
+    assert strategies.same(wire.unpack_adapter(body, SHAPES), arrays)
+    assert strategies.same(load(body), arrays)
+
+
+@given(strategies.updates(), strategies.adapters(SHAPES))
+def test_no_update_exceeds_the_size_limit(update: Update, delta: dict[str, Array]) -> None:
+    """A server that reads `size_limit` bytes never cuts an honest update."""
+    assert len(wire.pack(update, delta)) <= wire.size_limit(SHAPES)
+
+
+def test_size_limit_counts_values_header_and_length() -> None:
+    """The limit is 4 bytes a value, the largest header and the 8 bytes of its length."""
+    assert wire.size_limit({"a": (2, 6), "b": (4, 2)}) == 4 * (12 + 8) + MAX_HEADER + 8
+
+
+@given(strategies.evaluations())
+def test_an_evaluation_comes_back(evaluation: Evaluation) -> None:
+    """decode is the inverse of encode for evaluations."""
+    assert wire.decode(wire.encode(evaluation), Evaluation) == evaluation
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Train(2, "ab" * 32, Training(steps=3), SoftLabels(growth=8), 7),
+        Train(0, "ab" * 32, Training(), None, 1),
+        Evaluate(4, "cd" * 32),
+        Wait(1.5),
+        Finished(9, "ef" * 32),
+    ],
+    ids=lambda work: type(work).__name__,
+)
+def test_every_kind_of_work_comes_back(work: Work) -> None:
+    """A device reads exactly the work the server wrote, told apart by its verb."""
+    assert wire.decode(wire.encode(work), Work) == work  # type: ignore[arg-type]  # a union is fine for msgspec
+
+
+def test_a_manifest_comes_back() -> None:
+    """The manifest survives the wire with its task, adapter and bundle."""
+    manifest = factories.manifest()
+
+    assert wire.decode(wire.encode(manifest), Manifest) == manifest
+
+
+# Golden bytes ---------------------------------------------------------------------------------------------------------
+def test_the_golden_update_is_what_we_write() -> None:
+    """The wire format has not changed by accident."""
+    assert regenerate.update_bytes() == regenerate.UPDATE_FILE.read_bytes()
+
+
+def test_the_golden_update_is_what_we_read() -> None:
+    """The golden file holds exactly these values, so that a client in another language can compare itself."""
+    update, arrays = wire.unpack(regenerate.UPDATE_FILE.read_bytes(), regenerate.SPEC.shapes())
+
+    assert update == Update("0123456789abcdef", 7, 12, {"loss": 0.5, "soft_examples": 64.0})
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "base_model.model.layer.0.query.lora_A.weight": [[0.5, -1.25, 3.0]],
+        "base_model.model.layer.0.query.lora_B.weight": [[0.0], [-0.0078125]],
+    }
+
+
+def test_an_update_id_is_a_hash_of_sender_version_and_bytes() -> None:
+    """The id is sha256 of the three, one a line, and a change of any of them changes it."""
+    expected = hashlib.sha256(b"device\n3\n" + b"ab" * 32).hexdigest()
+
+    assert wire.update_id("device", 3, "ab" * 32) == expected
+    assert len({expected, wire.update_id("other", 3, "ab" * 32), wire.update_id("device", 4, "ab" * 32)}) == 3
+    assert wire.update_id("device", 3, "cd" * 32) != expected
+
+
+# Fuzzing --------------------------------------------------------------------------------------------------------------
+@strategies.fuzzing
+@given(st.binary(max_size=600))
+def test_random_bytes_are_refused_or_valid(body: bytes) -> None:
+    """The invariant holds for any bytes, bare and behind an honest header length."""
+    check_unpacked(body)
+    check_unpacked(framed(body))
+
+
+@strategies.fuzzing
+@given(strategies.damaged(BODY))
+def test_damaged_updates_are_refused_or_valid(body: bytes) -> None:
+    """The invariant holds for valid updates with bytes changed, lost or added."""
+    check_unpacked(body)
+
+
+@given(st.binary(min_size=DATA_SIZE, max_size=DATA_SIZE))
+def test_any_values_are_read_as_they_are_or_refused(data: bytes) -> None:
+    """Whatever the data says, it is read bit for bit, and refused exactly where a value is NaN or infinite."""
+    values = np.frombuffer(data, "<f4")
+    found = check_unpacked(framed(json.dumps(right_header()).encode(), data))
+
+    assert (found is not None) == bool(np.isfinite(values).all())
+    assert found is None or b"".join(array.tobytes() for array in found[1].values()) == data
+
+
+@strategies.fuzzing
+@given(strategies.headers(SHAPES, MESSAGE), st.integers(-8, 8))
+def test_crafted_headers_are_refused_or_agree_with_the_reference(entries: list[tuple[str, Any]], surplus: int) -> None:
+    """Of generated headers we accept only what the reference safetensors reader accepts, and read the same from it."""
+    body = framed(strategies.header_bytes(entries), bytes(DATA_SIZE + surplus if abs(surplus) > 6 else DATA_SIZE))
+    found = check_unpacked(body)
+
+    if found is not None and len({name for name, _ in entries}) == len(entries):
+        assert strategies.same(found[1], load(body))
+
+
+def test_an_untouched_header_is_accepted() -> None:
+    """The header the fuzzing starts from is a good one, so the fuzzing is not vacuous."""
+    found = check_unpacked(framed(json.dumps(right_header()).encode()))
+
+    assert found is not None
+    assert found[0] == UPDATE
+    assert set(found[1]) == set(SHAPES)
+
+
+@strategies.fuzzing
+@given(st.binary(max_size=200), st.sampled_from(KINDS))
+@example(b"[" * 100_000, Update)
+@example(b'{"device":' + b"[" * 100_000, Ask)
+@example(b'{"device":"\\ud800","can_train":true}', Ask)
+@example(b'{"device":"\xff\xfe","can_train":true}', Ask)
+@example(b'{"id":"a","version":' + b"9" * 5000 + b"}", Receipt)
+@example(b'{"verb":"wait","seconds":1e999}', Work)
+@example(b'{"verb":"wait","seconds":NaN}', Work)
+def test_random_messages_are_refused_or_valid(body: bytes, kind: Any) -> None:
+    """The invariant holds for control messages of every kind."""
+    check_decoded(body, kind)
+
+
+@given(st.sampled_from([UPDATE, Evaluation("d", 1, 0, {}), Ask("d", True), Receipt("x", 1), factories.manifest()]), st.data())
+def test_damaged_messages_are_refused_or_valid(message: msgspec.Struct, data: st.DataObject) -> None:
+    """The invariant holds for valid control messages with bytes changed, lost or added."""
+    check_decoded(data.draw(strategies.damaged(wire.encode(message))), type(message))
+
+
+@given(st.dictionaries(st.sampled_from(["device", "version", "num_examples", "metrics", "result"]), strategies.json_values))
+def test_messages_of_any_json_are_refused_or_valid(fields: dict[str, Any]) -> None:
+    """The invariant holds where every field is there and any of them has any JSON value."""
+    right = {"result": "update", "device": "d", "version": 1, "num_examples": 1, "metrics": {"loss": 1.0}}
+
+    check_decoded(json.dumps(right | fields).encode(), Update)
+
+
+# Single attacks on the header, with the code each is refused by --------------------------------------------------------
+@pytest.mark.parametrize("length", [MAX_HEADER + 1, 2**31, 2**63, 2**64 - 1])
+def test_a_header_bomb_is_refused_by_its_length(length: int) -> None:
+    """A header over the limit is refused whatever is in it, before it is parsed: no JSON stands behind these lengths."""
+    with pytest.raises(WireError, match=f"the header claims {length} bytes") as caught:
+        wire.unpack(struct.pack("<Q", length) + b"[" * (MAX_HEADER + 1), SHAPES)
+    assert caught.value.code == "bad-tensors"
+
+
+def test_a_header_of_the_largest_size_is_read() -> None:
+    """The limit itself is allowed: an honest header blown up with spaces to the last byte."""
+    header = json.dumps(right_header()).encode()
+
+    assert wire.unpack(framed(header.ljust(MAX_HEADER)), SHAPES)[0] == UPDATE
+    assert refusal(framed(header.ljust(MAX_HEADER + 1))) == "bad-tensors"
+
+
+@pytest.mark.parametrize("size", range(8))
+def test_less_than_a_length_is_refused(size: int) -> None:
+    """A body too short for its own length field is no safetensors file."""
+    assert refusal(BODY[:size]) == "bad-tensors"
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 500_000, b'{"a":' * 100_000, b'{"a":' + b"[" * 900_000], ids=["list", "object", "mixed"]
+)
+def test_deep_nesting_is_refused(header: bytes) -> None:
+    """A header nested deeper than any stack raises WireError, not RecursionError."""
+    assert refusal(framed(header)) == "bad-tensors"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"null", b"[]", b"5", b'"text"', b"{", b"{}{}", b"\xff\xfe", json.dumps(right_header()).encode("utf-16"), b'{"a":NaN}'],
+)
+def test_what_is_not_one_json_object_in_utf8_is_refused(header: bytes) -> None:
+    """The header must be an object in UTF-8, of strict JSON, with nothing after it."""
+    assert refusal(framed(header)) == "bad-tensors"
+
+
+def test_too_many_tensors_are_refused() -> None:
+    """A header with thousands of names is refused before its entries are looked at."""
+    header = {f"t{i}": 0 for i in range(MAX_TENSORS + 1)}
+
+    assert refusal(framed(json.dumps(header).encode())) == "bad-tensors"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "F64"),
+        ("dtype", "BF16"),
+        ("dtype", None),
+        ("shape", [6, 2]),
+        ("shape", [2.0, 6.0]),
+        ("shape", [2, True]),
+        ("shape", [-2, -6]),
+        ("shape", [[2, 6]]),
+        ("shape", [2, 6, 1]),
+        ("shape", [2**64, 6]),
+        ("shape", "26"),
+        ("data_offsets", [0.0, 48.0]),
+        ("data_offsets", [False, 48]),
+        ("data_offsets", [0]),
+        ("data_offsets", [0, 24, 48]),
+        ("data_offsets", {"0": 48}),
+        ("strides", [6, 1]),
+    ],
+)
+def test_an_entry_of_another_form_is_refused(field: str, value: object) -> None:
+    """Type, shape and offsets are F32, the slot's shape and two whole numbers; booleans and floats are no numbers here."""
+    header = right_header()
+    header[next(iter(SHAPES))][field] = value
+
+    assert refusal(framed(json.dumps(header).encode())) == "wrong-shape"
+
+
+@pytest.mark.parametrize("span", [[-48, 0], [0, 44], [0, 52], [4, 52], [48, 0], [0, 2**63], [2**64, 2**64 + 48], [48, 80]])
+def test_a_tensor_that_lies_elsewhere_is_refused(span: list[int]) -> None:
+    """Negative, overlapping, gaping, reversed and huge spans are refused: tensors fill the data exactly, in order."""
+    header = right_header()
+    header[next(iter(SHAPES))]["data_offsets"] = span
+
+    assert refusal(framed(json.dumps(header).encode())) == "bad-tensors"
+
+
+@pytest.mark.parametrize("size", [0, DATA_SIZE - 1, DATA_SIZE + 1, 2 * DATA_SIZE])
+def test_data_of_another_size_is_refused(size: int) -> None:
+    """Missing and trailing bytes are refused."""
+    assert refusal(framed(json.dumps(right_header()).encode(), bytes(size))) == "bad-tensors"
+
+
+def test_a_missing_and_a_foreign_tensor_are_named() -> None:
+    """The refusal says which name is missing and which is not the adapter's, so the sender can be mended."""
+    header = right_header()
+    first = next(iter(SHAPES))
+    header["stranger"] = header.pop(first)
+
+    with pytest.raises(WireError, match="stranger") as caught:
+        wire.unpack(framed(json.dumps(header).encode()), SHAPES)
+    assert caught.value.code == "wrong-shape"
+    assert first in caught.value.detail
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_refused(value: float) -> None:
+    """One NaN or infinity anywhere refuses the whole update, and the tensor is named."""
+    last = list(SHAPES)[-1]
+    delta = {name: array.copy() for name, array in DELTA.items()}
+    delta[last][-1, -1] = value
+
+    with pytest.raises(WireError, match=last) as caught:
+        wire.unpack(wire.pack(UPDATE, delta), SHAPES)
+    assert (caught.value.code, caught.value.status) == ("not-finite", 422)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"message": 5}, {"message": None}, [], "message", 5])
+def test_an_update_without_its_message_is_refused(metadata: object) -> None:
+    """Tensors alone are no update, and metadata that is not an object of strings is no safetensors."""
+    header = right_header() | {"__metadata__": metadata}
+
+    assert refusal(framed(json.dumps(header).encode())) in {"bad-message", "bad-tensors"}
+
+
+def test_a_message_with_a_lone_surrogate_is_refused() -> None:
+    """A string that no UTF-8 can say is refused instead of failing later, when somebody prints it."""
+    header = json.dumps(right_header() | {"__metadata__": {"message": "\ud800"}})
+
+    assert "\\ud800" in header
+    assert refusal(framed(header.encode())) == "bad-tensors"
+
+
+def test_metadata_of_an_adapter_does_not_matter() -> None:
+    """Adapters of other tools carry other metadata, or none, and are read all the same."""
+    assert strategies.same(wire.unpack_adapter(save(dict(DELTA)), SHAPES), DELTA)
+    assert strategies.same(wire.unpack_adapter(save(dict(DELTA), {"by": "peft"}), SHAPES), DELTA)
+
+
+# Limits of messages ---------------------------------------------------------------------------------------------------
+def test_a_message_over_the_limit_is_not_parsed() -> None:
+    """The limit is checked before the content: a long body is `too-large` even where it is no JSON, one byte less is parsed."""
+    ask = wire.encode(Ask("d", True))
+
+    assert wire.decode(ask.ljust(MAX_JSON), Ask) == Ask("d", True)
+    for body in (ask.ljust(MAX_JSON + 1), b"[" * (MAX_JSON + 1)):
+        with pytest.raises(WireError) as caught:
+            wire.decode(body, Ask)
+        assert (caught.value.code, caught.value.status) == ("too-large", 413)
+
+
+def test_a_limit_can_be_lowered() -> None:
+    """A caller's own limit counts, to the byte."""
+    body = wire.encode(Ask("d", True))
+
+    assert wire.decode(body, Ask, limit=len(body)) == Ask("d", True)
+    with pytest.raises(WireError, match="too-large"):
+        wire.decode(body, Ask, limit=len(body) - 1)
+
+
+def test_unknown_and_missing_fields_are_refused() -> None:
+    """A message has exactly the fields of its kind."""
+    for body in (b'{"device":"d","can_train":true,"x":1}', b'{"device":"d"}', b'{"device":"d","can_train":1}'):
+        with pytest.raises(WireError, match="bad-message"):
+            wire.decode(body, Ask)
+
+
+def test_settings_out_of_bounds_are_a_wire_error() -> None:
+    """Bounds of the values inside a message are part of the protocol: breaking them is `bad-message`, with the reason."""
+    body = wire.encode(Train(0, "", Training(), None, 0)).replace(b'"steps":10', b'"steps":0')
+
+    with pytest.raises(WireError, match="at least 1") as caught:
+        wire.decode(body, Train)
+    assert caught.value.code == "bad-message"
+
+
+def test_a_long_reason_is_cut() -> None:
+    """What a refusal repeats of the input is bounded."""
+    body = b'{"device":"d","can_train":true,"' + b"x" * 100_000 + b'":1}'
+
+    with pytest.raises(WireError) as caught:
+        wire.decode(body, Ask)
+    assert len(caught.value.detail) < 400
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        Update("d", 0, 1, {}),
+        Update("d", 0, MAX_EXAMPLES, {"n" * MAX_METRICS: -1e308}),
+        Evaluation("d", 0, 0, {f"m{i}": 0.0 for i in range(MAX_METRICS)}),
+    ],
+)
+def test_results_at_their_limits_are_fine(result: Result) -> None:
+    """The bounds themselves are allowed; an evaluation may rest on no example at all, an update may not."""
+    wire.check_result(result)
+
+    assert wire.decode(wire.encode(result), type(result)) == result
+
+
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [
+        (Update("d", 0, 0, {}), "bad-message"),
+        (Update("d", 0, MAX_EXAMPLES + 1, {}), "bad-message"),
+        (Update("d", -1, 1, {}), "bad-message"),
+        (Evaluation("d", 0, -1, {}), "bad-message"),
+        (Update("d", 0, 1, {"n" * (MAX_METRICS + 1): 0.0}), "bad-message"),
+        (Update("d", 0, 1, {f"m{i}": 0.0 for i in range(MAX_METRICS + 1)}), "bad-message"),
+        (Update("d", 0, 1, {"loss": math.nan}), "not-finite"),
+        (Evaluation("d", 0, 1, {"loss": math.inf}), "not-finite"),
+    ],
+)
+def test_results_beyond_their_limits_are_refused(result: Result, code: str) -> None:
+    """Counts, versions, names and numbers out of bounds are refused by their own code."""
+    with pytest.raises(WireError) as caught:
+        wire.check_result(result)
+    assert caught.value.code == code
+
+
+def test_unpack_checks_the_message_too() -> None:
+    """An update whose tensors are good but whose counts are not is refused."""
+    delta: Arrays = DELTA
+
+    assert refusal(wire.pack(Update("d", 0, 0, {}), delta)) == "bad-message"
+    assert refusal(wire.pack(Update("d", -1, 1, {}), delta)) == "bad-message"

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from edge_sdk import bundle as bundles
 from edge_sdk import verbs
 from edge_sdk.adapters import AdapterSpec, Array, Arrays
-from edge_sdk.assets import MODELS, Asset, cache_folder, resolve
+from edge_sdk.assets import MODELS, cache_folder, resolve
 from edge_sdk.engines import Engine
 from edge_sdk.engines.onnx import OnnxEngine
-from edge_sdk.store import Private
-from edge_sdk.tasks import Example
+from edge_sdk.tasks import Example, Private
 from edge_sdk.training import base
 from edge_sdk.training.learner import Learner
 from edge_server import settings as run_settings
@@ -91,7 +90,7 @@ def lab(slm: str, threads: int = 1) -> Lab:
 
 @cache
 def domains() -> dict[str, icwsm.Domain]:
-    return icwsm.load(resolve(Asset(icwsm.SOURCE, icwsm.SHA256)))
+    return icwsm.load(resolve(icwsm.ASSET))
 
 
 def devices(split: Split, labels: int, unlabelled: int, held_out: int, part: Part, seed: int) -> list[Private]:

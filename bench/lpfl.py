@@ -29,7 +29,7 @@ from bench import fleet
 from bench.report import Result, spread
 from edge_sdk.adapters import Arrays
 from edge_sdk.protocol import Update
-from edge_sdk.store import Private
+from edge_sdk.tasks import Private
 from edge_sdk.wire import pack
 from edge_server.systems.lpfl import LpFl
 

@@ -131,10 +131,6 @@ def row_major(arrays: Arrays) -> dict[str, Array]:
     return {name: np.asarray(array, np.float32, order="C") for name, array in arrays.items()}
 
 
-def size_in_bytes(arrays: Mapping[str, NDArray[Any]]) -> int:
-    return sum(array.nbytes for array in arrays.values())
-
-
 def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` that PEFT loads onto the base model."""
     folder.mkdir(parents=True, exist_ok=True)

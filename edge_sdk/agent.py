@@ -25,7 +25,8 @@ from edge_sdk.adapters import Array, Arrays
 from edge_sdk.errors import AssetError, DataError, Refused, SettingsError, Unreachable, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
 from edge_sdk.session import Action, Event, Session
-from edge_sdk.store import Parcel, Private, Store
+from edge_sdk.store import Parcel, Store
+from edge_sdk.tasks import Private
 from edge_sdk.transport import Api, Transport
 
 ADAPTER = "adapter.safetensors"

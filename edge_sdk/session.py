@@ -3,8 +3,9 @@
 Rules kept here and nowhere else:
 
 1. What waits in the outbox is delivered before new work is asked for.
-2. A network failure changes nothing but the time: the same action is repeated after a pause that doubles, up to ten
-   minutes, times a random share of it (full jitter), and never sooner than the server's `Retry-After`.
+2. A network failure changes nothing but the time: the action is repeated (work is asked for again) after a pause that
+   doubles, up to ten minutes, times a random share of it (full jitter), and never sooner than the server's `Retry-After`.
+   Whatever the server says, a pause is at least 0.02 seconds where it asks for one, and at most an hour.
 3. A refusal that a repeat cannot cure drops the result, and the device asks for new work.
 4. Work that fails on the device (no labelled text, no torch) is said in one line and tried again after a minute.
 
@@ -20,6 +21,7 @@ from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
 FIRST_PAUSE = 1.0  # seconds
 LONGEST_PAUSE = 600.0
 PAUSE_AFTER_FAILED_WORK = 60.0
+SHORTEST_WAIT, LONGEST_WAIT = 0.02, 3600.0  # what a server may ask for
 
 
 # Events: what happened ------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def step(session: Session, event: Event, jitter: float) -> tuple[Session, Action
         case _, Started(pending):
             return _to(Send() if pending else AskForWork())
         case AskForWork(), Assigned(Wait(seconds)):
-            return _sleep(seconds, AskForWork())
+            return _sleep(min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT), AskForWork())
         case AskForWork(), Assigned(Train() | Evaluate() | Finished() as work):
             return _to(Do(work))
         case Do(Finished()), Worked():
@@ -153,7 +155,7 @@ def step(session: Session, event: Event, jitter: float) -> tuple[Session, Action
         case AskForWork(), Rejected():
             return _sleep(PAUSE_AFTER_FAILED_WORK, AskForWork())
         case (AskForWork() | Send() | Do()) as doing, NoAnswer(retry_after):
-            seconds = max(retry_after, pause(session.failures, jitter))
+            seconds = max(min(retry_after, LONGEST_WAIT), pause(session.failures, jitter))
             again: Action = AskForWork() if isinstance(doing, Do) else doing
             return replace(session, doing=Sleep(seconds), after_sleep=again, failures=session.failures + 1), Sleep(seconds)
         case Sleep(), Woke() if session.after_sleep is not None:

@@ -29,7 +29,7 @@ class SoftLabels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     growth: int = 64
     limit: float = 0.75
-    temperature: float = 2.0
+    temperature: float = 0.5
     weight: float = 1.0
     batch_size: int = 16
 

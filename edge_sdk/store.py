@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import DataError
-from edge_sdk.tasks import Example
+from edge_sdk.tasks import Example, Private
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -31,23 +31,6 @@ class Parcel:
 
     content_type: str
     body: bytes
-
-
-@dataclass(frozen=True)
-class Private:
-    """A device's text, by what it may be used for; labels are the task's class indices.
-
-    Args:
-        labelled: texts with labels, for training.
-        unlabelled: texts without.
-        truths: for each unlabelled text the class somebody knows, or None; only ever used to measure soft labels.
-        held_out: texts with labels that are never trained on.
-    """
-
-    labelled: tuple[Example, ...]
-    unlabelled: tuple[str, ...]
-    truths: tuple[int | None, ...]
-    held_out: tuple[Example, ...]
 
 
 class Store:

@@ -7,7 +7,7 @@ scores are `scale * readout @ rows.T`, so a task can be answered before any trai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,9 +51,6 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not self.scale > 0 or not 4 <= self.max_tokens <= 512:
             raise SettingsError("task.scale must be positive and task.max_tokens between 4 and 512")
 
-    def prompt(self, text: str) -> str:
-        return self.pattern.replace("{text}", text.strip())
-
     def label_index(self, label: str) -> int:
         """Raises: DataError: `label` is not one of the task's."""
         try:
@@ -81,6 +78,23 @@ class Example:
     label: int | None = None
 
 
+@dataclass(frozen=True)
+class Private:
+    """A device's text, by what it may be used for; labels are the task's class indices.
+
+    Args:
+        labelled: texts with labels, for training.
+        unlabelled: texts without.
+        truths: for each unlabelled text the class somebody knows, or None; only ever used to measure soft labels.
+        held_out: texts with labels that are never trained on.
+    """
+
+    labelled: tuple[Example, ...]
+    unlabelled: tuple[str, ...]
+    truths: tuple[int | None, ...]
+    held_out: tuple[Example, ...]
+
+
 def softmax(scores: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
     """Row-wise softmax of (n, n_classes) scores divided by `temperature`."""
     z = scores.astype(np.float64) / temperature
@@ -92,9 +106,3 @@ def softmax(scores: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np
 def accuracy(scores: NDArray[np.float32], labels: Sequence[int]) -> float:
     """Share of rows whose highest score is the label's, between 0 and 1."""
     return float(np.mean(scores.argmax(axis=1) == np.asarray(labels)))
-
-
-def labelled(examples: Iterable[Example]) -> tuple[list[str], list[int]]:
-    """Texts and class indices of the examples that carry a label."""
-    pairs = [(e.text, e.label) for e in examples if e.label is not None]
-    return [text for text, _ in pairs], [label for _, label in pairs]

@@ -93,12 +93,20 @@ class HttpTransport:
                     if keep is None:
                         content += chunk
                     else:
-                        with keep.open("ab") as file:
-                            file.write(chunk)
+                        _append(keep, chunk)
                 return Response(answer.status, bytes(content), dict(answer.headers))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__  # some are several lines
             raise Unreachable(f"no answer from {self._server} ({reason}); is the server running?") from error
+
+
+def _append(path: Path, chunk: bytes) -> None:
+    """Raises: AssetError: the disk is full or not ours; what was written before stays for the next try."""
+    try:
+        with path.open("ab") as file:
+            file.write(chunk)
+    except OSError as error:
+        raise AssetError(f"cannot write {path}: {error.strerror}; make room, the download goes on where it stopped") from error
 
 
 class Api:

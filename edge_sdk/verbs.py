@@ -19,8 +19,7 @@ from edge_sdk.engines import Engine
 from edge_sdk.errors import DataError
 from edge_sdk.protocol import Metrics
 from edge_sdk.softlabels import SoftLabels, SoftSet
-from edge_sdk.store import Private
-from edge_sdk.tasks import Example, accuracy
+from edge_sdk.tasks import Example, Private, accuracy
 from edge_sdk.training.batches import Training
 
 

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.live import Live
 
 from bench import fleet
-from edge_sdk.assets import Asset, resolve
+from edge_sdk.assets import resolve
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol import Status
-from edge_sdk.store import Private, Store
+from edge_sdk.store import Store
+from edge_sdk.tasks import Private
 from edge_server import settings as run_settings
 from examples import icwsm, report
 
@@ -76,7 +77,7 @@ def run(slm: str, out: Path, seed: int, console: Console) -> None:
     config = fleet.CONFIGS / f"{slm}.toml"
     settings = run_settings.load(config)
     with console.status("fetching text and model (cached after the first time)"):
-        domains = icwsm.load(resolve(Asset(icwsm.SOURCE, icwsm.SHA256)))
+        domains = icwsm.load(resolve(icwsm.ASSET))
         bundle = fleet.bundle_of(slm)
     console.print(f"assets ready after {time.monotonic() - began:.0f} s")
     started = time.monotonic()

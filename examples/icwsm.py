@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_sdk.assets import Asset
 from edge_sdk.tasks import Example
 
 SOURCE = "pypi:vaderSentiment==3.3.2#additional_resources/hutto_ICWSM_2014.tar.gz"
-SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+ASSET = Asset(SOURCE, "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", "MIT", source=True)
 DOMAINS = {
     "movie": "movieReviewSnippets",
     "amazon": "amazonReviewSnippets",

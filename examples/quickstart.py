@@ -1,8 +1,8 @@
 """One device in a few lines: keep private examples, learn with a server, predict.
 
-    edge-export bundle minilm -o runs/minilm
-    edge-server serve --config examples/minilm.toml --bundle runs/minilm --data runs/quickstart-server &
-    python examples/quickstart.py http://127.0.0.1:8440
+edge-export bundle minilm -o runs/minilm
+edge-server serve --config examples/minilm.toml --bundle runs/minilm --data runs/quickstart-server &
+python examples/quickstart.py http://127.0.0.1:8440
 """
 
 import sys

@@ -42,7 +42,7 @@ def manifest(spec: AdapterSpec = SPEC) -> Manifest:
 def write_model(folder: Path, kind: Kind) -> Path:
     """A transformers folder: two layers of width 16, words as tokens, the same weights every time."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *OTHER, *GOOD, *BAD])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[3]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     hf: Any = transformers  # its classes carry no types
     names = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token"), SPECIAL, strict=True))

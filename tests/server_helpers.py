@@ -81,7 +81,7 @@ async def running(data: Path, run: RunSettings | None = None) -> AsyncIterator[R
         yield Running(client, ledger, data)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Returns once `condition` holds; a test fails if it never does."""
     deadline = time.monotonic() + seconds
     while not condition():

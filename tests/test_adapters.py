@@ -199,11 +199,6 @@ def test_inputs_stay_as_they_are() -> None:
     assert (a["x"].tolist(), b["x"].tolist()) == ([1.0, 2.0], [3.0, 4.0])
 
 
-def test_size_is_four_bytes_a_value() -> None:
-    """A float32 adapter weighs four bytes a value: 2 * (2 * 6 + 4 * 2) values here."""
-    assert adapters.size_in_bytes(SPEC.start(0)) == 4 * 2 * (12 + 8)
-
-
 # PEFT directory -------------------------------------------------------------------------------------------------------
 @given(arrays=strategies.adapters(SHAPES))
 def test_a_folder_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Array]) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edge_sdk.adapters import Array, Arrays
 from edge_sdk.errors import DataError
 from edge_server.aggregation import Contribution, fedbuff, staleness_weight
+from tests import strategies  # noqa: F401  # its hypothesis profile
 
 Update = tuple[int, int, int]  # first and second value of the delta, number of examples
 

@@ -9,7 +9,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -184,10 +184,19 @@ def test_a_file_of_a_source_archive_is_found_below_its_folder(tmp_path: Path, mo
     """A source archive has one folder around everything, which FILE does not name; one file is kept, links are not."""
     only_from(tmp_path / "index", monkeypatch)
     index = Index(tmp_path / "index", tmp_path / "cache", write_sdist(tmp_path / "index"))
-    found = index.resolve("data/words.txt")
+    found = resolve(replace(index.asset("data/words.txt"), source=True), index.cache)
 
     assert found.name == "words.txt"
     assert contents(found.parent) == {"words.txt": b"good\nbad\n", ".contents.json": b'{"words.txt": 9}'}
+
+
+def test_a_source_archive_is_not_run_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip runs the code of a source archive, so a reference that may come from a server gets wheels only."""
+    only_from(tmp_path / "index", monkeypatch)
+    index = Index(tmp_path / "index", tmp_path / "cache", write_sdist(tmp_path / "index"))
+
+    with pytest.raises(AssetError, match="pip could not download"):
+        index.resolve("data/words.txt")
 
 
 # References -----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from bench.report import Result, show, spread
 from edge_sdk import bundle as bundles
 from edge_sdk.engines.onnx import OnnxEngine
 from edge_sdk.softlabels import SoftLabels
-from edge_sdk.store import Private
-from edge_sdk.tasks import Example
+from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Training
 from edge_sdk.training.learner import Learner
 from edge_server import settings as run_settings

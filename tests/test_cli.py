@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.cli import main
-from edge_sdk.store import Parcel, Private, Store
-from edge_sdk.tasks import Example
+from edge_sdk.store import Parcel, Store
+from edge_sdk.tasks import Example, Private
 from tests import strategies
 
 Capture = pytest.CaptureFixture[str]

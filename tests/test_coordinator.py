@@ -15,6 +15,7 @@ from edge_sdk.errors import WireError
 from edge_sdk.protocol import DeviceStatus, Evaluation, Measurement, Receipt, Status, Update
 from edge_server import coordinator
 from edge_server.coordinator import Accepted, Buffered, Device, Enrolled, Evaluated, Event, Published, State, apply
+from tests import strategies
 
 MAX_STALENESS = 2
 BUFFER_SIZE = 3
@@ -52,9 +53,9 @@ def code(call: Callable[[], object]) -> tuple[str, int]:
     return refused.value.code, refused.value.status
 
 
-AT_0_EVENTS = (Published(0, "a0", 0), Enrolled("d1", "one"), Enrolled("d2", "two"))
+AT_0_EVENTS: tuple[Event, ...] = (Published(0, "a0", 0), Enrolled("d1", "one"), Enrolled("d2", "two"))
 AT_0 = replay(*AT_0_EVENTS)
-AT_3_EVENTS = (*(Published(version, f"a{version}", 0) for version in range(4)), *AT_0_EVENTS[1:])
+AT_3_EVENTS: tuple[Event, ...] = (*(Published(version, f"a{version}", 0) for version in range(4)), *AT_0_EVENTS[1:])
 AT_3 = replay(*AT_3_EVENTS)
 
 
@@ -338,6 +339,7 @@ def run(sequence: list[object]) -> Run:
     return made
 
 
+@strategies.fuzzing
 @given(sequences)
 def test_replaying_the_events_gives_the_same_state(sequence: list[object]) -> None:
     """Rule 1: the events on disk are the whole state, also after a round trip through JSON."""
@@ -348,6 +350,7 @@ def test_replaying_the_events_gives_the_same_state(sequence: list[object]) -> No
     assert replay(*map(through_json, made.events)) == made.state
 
 
+@strategies.fuzzing
 @given(sequences)
 def test_every_answer_to_one_result_is_the_first_receipt(sequence: list[object]) -> None:
     """Rule 2: however often and whenever a result is sent, it is recorded once and answered alike."""
@@ -359,6 +362,7 @@ def test_every_answer_to_one_result_is_the_first_receipt(sequence: list[object])
     assert all(receipts == [made.state.receipts[id]] * len(receipts) for id, receipts in made.answers.items())
 
 
+@strategies.fuzzing
 @given(sequences)
 def test_no_device_has_two_updates_for_one_version(sequence: list[object]) -> None:
     """Rule 3: nobody counts twice in what a version learns from another."""
@@ -370,6 +374,7 @@ def test_no_device_has_two_updates_for_one_version(sequence: list[object]) -> No
     assert counts == {id: sum(device == id for device, _ in pairs) for id in made.state.devices}
 
 
+@strategies.fuzzing
 @given(sequences)
 def test_staleness_is_bounded_and_kept(sequence: list[object]) -> None:
     """Rule 4: the buffer holds, in order of arrival, what the bookkeeper wrote down then, and nothing too old."""
@@ -379,6 +384,7 @@ def test_staleness_is_bounded_and_kept(sequence: list[object]) -> None:
     assert all(0 <= buffered.staleness <= MAX_STALENESS for buffered in made.state.buffer)
 
 
+@strategies.fuzzing
 @given(sequences)
 def test_every_update_is_folded_once_in_order_of_arrival(sequence: list[object]) -> None:
     """Rule 5: versions eat the updates in order of arrival, three at a time, and leave the rest."""

@@ -21,8 +21,8 @@ from edge_sdk.adapters import AdapterSpec, read_peft
 from edge_sdk.engines.onnx import OnnxEngine
 from edge_sdk.protocol import Status
 from edge_sdk.softlabels import SoftLabels
-from edge_sdk.store import Private, Store
-from edge_sdk.tasks import Example
+from edge_sdk.store import Store
+from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Training
 from edge_sdk.training.learner import Learner
 from edge_server.systems.lpfl import LpFl

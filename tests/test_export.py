@@ -103,9 +103,9 @@ def test_a_peft_folder_round_trips_through_peft(folder: Path, tmp_path: Path) ->
     import torch
     from peft import PeftModel
 
+    from edge_sdk.tokens import PromptEncoder
     from edge_sdk.training import base
     from edge_sdk.training.learner import readout
-    from edge_sdk.tokens import PromptEncoder
 
     bundle = bundles.read(folder)
     engine, _, spec = open_both(folder)

@@ -18,7 +18,7 @@ from edge_server.aggregation import Contribution
 from edge_server.coordinator import Buffered, Device, State
 from edge_server.systems import lpfl
 from edge_server.systems.lpfl import LpFl
-from tests import factories
+from tests import factories, strategies
 
 EVERY = LpFl(versions=4, buffer_size=2, evaluate_every=1, wait_seconds=7.0, training=Training(steps=3), seed=40)
 LAST_ONLY = LpFl(versions=4, buffer_size=2, evaluate_every=0)
@@ -74,6 +74,7 @@ def test_evaluate_every_3_measures_the_first_every_third_and_the_last() -> None:
     assert measured == [0, 3, 6, 8]
 
 
+@strategies.fuzzing
 @given(devices, st.integers(0, 6), st.booleans(), st.integers(0, 3))
 def test_no_work_is_ever_refused_later(device: Device, version: int, can_train: bool, every: int) -> None:
     """Whatever a device is asked to do, it has not done for this version, and it can do."""

@@ -7,7 +7,7 @@ import pytest
 
 from bench import fleet, lpfl
 from edge_sdk import bundle as bundles
-from edge_sdk.assets import Asset, resolve
+from edge_sdk.assets import resolve
 from edge_sdk.tasks import accuracy
 from edge_sdk.training.learner import Learner
 from edge_server import settings as run_settings
@@ -20,7 +20,7 @@ SIZES = {"movie": 9173, "amazon": 2455, "tweets": 2667, "nyt": 1554}
 
 def test_every_rated_sentence_is_read_and_split_once() -> None:
     """The domains have their published sizes, a fifth is test, and no text of test stands anywhere else."""
-    domains = icwsm.load(resolve(Asset(icwsm.SOURCE, icwsm.SHA256)))
+    domains = icwsm.load(resolve(icwsm.ASSET))
 
     assert domains.keys() == SIZES.keys()
     for name, domain in domains.items():

@@ -81,7 +81,7 @@ class Server:
     def stop(self, number: int) -> tuple[int, list[str]]:
         """Sends a signal; the exit code and the lines said since the first."""
         self.process.send_signal(number)
-        said, _ = self.process.communicate(timeout=30)
+        said, _ = self.process.communicate(timeout=60)
         return self.process.returncode, said.splitlines()
 
 
@@ -104,7 +104,7 @@ async def work_once(url: str, device: str, version: int, seed: int = 0) -> None:
 
 async def says(url: str, condition: Callable[[Status], bool]) -> None:
     """Returns once the server's status fulfils `condition`."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     async with HttpTransport(url) as transport:
         while not condition(await Api(transport).status()):
             assert time.monotonic() < deadline, "the condition never came true"

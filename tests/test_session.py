@@ -12,7 +12,9 @@ from edge_sdk.protocol import Evaluate, Finished, Train, Wait
 from edge_sdk.session import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
+    LONGEST_WAIT,
     PAUSE_AFTER_FAILED_WORK,
+    SHORTEST_WAIT,
     Action,
     AskForWork,
     Assigned,
@@ -156,8 +158,7 @@ def test_no_life_breaks_the_rules(pending: bool, data: st.DataObject) -> None:
             assert isinstance(action, (Send, Drop)) == pending
         else:
             waited = event.retry_after if isinstance(event, NoAnswer) else 0.0
-            assigned = event.work.seconds if isinstance(event, Assigned) and isinstance(event.work, Wait) else 0.0
-            assert waited <= action.seconds <= max(LONGEST_PAUSE, waited, assigned)
+            assert min(waited, LONGEST_WAIT) <= action.seconds <= LONGEST_WAIT
 
 
 def _fills(action: Action, event: Event) -> bool:
@@ -208,10 +209,16 @@ def test_success_forgets_failures() -> None:
 
 @given(st.integers(0, 40), st.floats(0, 1, exclude_max=True), st.floats(0, 10_000))
 def test_never_sooner_than_the_server_said(failures: int, jitter: float, retry_after: float) -> None:
-    """`Retry-After` is a lower bound, even over the longest pause of our own."""
+    """`Retry-After` is a lower bound, even over the longest pause of our own, but for at most an hour."""
     _, action = step(Session(Send(), failures=failures), NoAnswer(retry_after), jitter)
 
-    assert action == Sleep(max(retry_after, pause(failures, jitter)))
+    assert action == Sleep(max(min(retry_after, LONGEST_WAIT), pause(failures, jitter)))
+
+
+@pytest.mark.parametrize(("asked", "slept"), [(-5.0, SHORTEST_WAIT), (0.0, SHORTEST_WAIT), (7.0, 7.0), (1e9, LONGEST_WAIT)])
+def test_a_server_cannot_make_a_device_spin_or_sleep_for_ever(asked: float, slept: float) -> None:
+    """What a server asks to wait is held between 0.02 seconds and an hour."""
+    assert run(Session(AskForWork()), Assigned(Wait(asked))) == [Sleep(slept)]
 
 
 # Rules 3 and 4 --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import DataError
 from edge_server.storage import Blobs, EventLog
+from tests import strategies  # noqa: F401  # its hypothesis profile
 
 BODY = b"a LoRA update"
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import DataError
-from edge_sdk.store import Parcel, Private, Store
-from edge_sdk.tasks import Example
+from edge_sdk.store import Parcel, Store
+from edge_sdk.tasks import Example, Private
 from tests import strategies  # noqa: F401  # its hypothesis profile
 
 LABELS = ("no", "yes")

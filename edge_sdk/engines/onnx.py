@@ -86,6 +86,8 @@ class OnnxEngine:
         if any(len(words) != 1 for words in task.verbalizer):
             raise DataError("a decoder needs exactly one label word per class")
         ids = np.array([self.encoder.word(words[0]) for words in task.verbalizer], np.int64)
+        if len(set(ids.tolist())) < len(ids):
+            raise DataError("two label words are the same token of this tokenizer; choose others")
         some = np.ones((1, 1), np.int64)
         feeds = {"input_ids": some, "attention_mask": some, "position_ids": some - 1, "label_ids": ids}
         (rows,) = self._session.run(["rows"], {k: v for k, v in feeds.items() if k in self._inputs})

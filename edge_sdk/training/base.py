@@ -36,7 +36,7 @@ def load_path(path: Path, kind: Kind) -> nn.Module:
     if path.suffix == ".gguf":
         model = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     else:
-        model = auto.from_pretrained(path, dtype=torch.float32)
+        model = auto.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     module: nn.Module = model.eval()
     return module
 

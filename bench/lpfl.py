@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import statistics
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -67,8 +68,11 @@ def measure(cell: Cell) -> dict[str, Any]:
     """Trains one cell and measures it on held-out text; runs in a worker process."""
     lab, scale = fleet.lab(cell.slm), SCALES[cell.slm]
     devices = fleet.devices(cell.split, cell.labels, scale.unlabelled, scale.held_out, cell.part, cell.seed)
+    began = time.perf_counter()
     accuracy = accuracies(cell.method, lab, devices, settings_of(cell, lab.settings.lpfl))
-    return {**cell._asdict(), "change": dict(cell.change), "accuracy": statistics.fmean(accuracy), "per_device": accuracy}
+    seconds = round(time.perf_counter() - began, 1)
+    row = {**cell._asdict(), "change": dict(cell.change), "seconds": seconds}
+    return {**row, "accuracy": statistics.fmean(accuracy), "per_device": accuracy}
 
 
 def settings_of(cell: Cell, run: LpFl) -> LpFl:
@@ -153,13 +157,29 @@ def _by_seed(rows: Sequence[dict[str, Any]], method: str) -> list[float]:
     return [statistics.fmean(r["accuracy"] for r in rows if r["method"] == method and r["seed"] == seed) for seed in seeds]
 
 
+def grid(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, list[dict[str, float]]]]:
+    """One line a setting: model, split, labels, and every method's accuracy over seeds."""
+    lines = []
+    for slm, split, labels in dict.fromkeys((r["slm"], r["split"], r["labels"]) for r in rows):
+        group = [r for r in rows if (r["slm"], r["split"], r["labels"]) == (slm, split, labels)]
+        lines.append((slm, split, labels, [spread(_by_seed(group, m)) for m in METHODS]))
+    return lines
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The grid as README.md shows it; a test holds the two together."""
+    heads = ("model", "split", "labels", *(m.replace("_", " ") for m in METHODS))
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for slm, split, labels, cells in grid(rows):
+        lines.append(" | ".join([slm, split, str(labels), *(f"{c['mean']:.3f}" for c in cells)]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="accuracy on test text, mean over devices (spread over seeds)")
     for name in ("model", "split", "labels", *METHODS):
         table.add_column(name, justify="left" if name in ("model", "split") else "right")
-    for slm, split, labels in dict.fromkeys((r["slm"], r["split"], r["labels"]) for r in rows):
-        group = [r for r in rows if (r["slm"], r["split"], r["labels"]) == (slm, split, labels)]
-        cells = [spread(_by_seed(group, m)) for m in METHODS]
+    for slm, split, labels, cells in grid(rows):
         table.add_row(slm, split, str(labels), *(f"{c['mean']:.3f} ±{c['std']:.3f}" for c in cells))
     return table
 

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     alone.add_argument("--batch-size", type=int, default=16)
     alone.add_argument("--learning-rate", type=float, default=1e-3)
+    alone.add_argument("--dropout", type=float, default=0.1)
     alone.add_argument("--seed", type=int, default=0)
     predict = verb("predict", _predict, "label texts with the newest adapter")
     predict.add_argument("texts", nargs="+")
@@ -148,7 +149,7 @@ def _baseline(args: argparse.Namespace) -> int:
             models = await agent.models()
         manifest = models.manifest
         private = store.private(manifest.task.labels)
-        training = Training(args.steps, args.batch_size, args.learning_rate)
+        training = Training(args.steps, args.batch_size, args.learning_rate, dropout=args.dropout)
         start = manifest.adapter.start(args.seed)
         learned = verbs.train(0, start, manifest.adapter, private, training, None, args.seed, models.engine, models.trainer)
         count, metrics = verbs.evaluate(add(start, learned.delta), manifest.adapter, private, models.engine)

@@ -20,13 +20,15 @@ class SoftLabels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a device uses soft labels.
 
     Args:
-        growth: texts the soft set gains with every version, beginning with version 0, whose labels are zero-shot.
+        first: first version with soft labels: 0 where the base labels well without training, 1 where it does not.
+        growth: texts the soft set gains with every version from `first` on.
         limit: largest share of the unlabelled texts ever taken.
         temperature: of the teacher in the soft loss; below 1 sharpens its labels, see `training/losses.py`.
         weight: of the soft loss beside the loss on real labels.
         batch_size: soft texts in each training step.
     """
 
+    first: int = 0
     growth: int = 64
     limit: float = 0.75
     temperature: float = 0.5
@@ -34,8 +36,8 @@ class SoftLabels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.growth < 1 or self.batch_size < 1:
-            raise SettingsError("soft.growth and soft.batch_size must be at least 1")
+        if self.first < 0 or self.growth < 1 or self.batch_size < 1:
+            raise SettingsError("soft.first must not be negative, soft.growth and soft.batch_size at least 1")
         if not 0 < self.limit <= 1 or not self.temperature > 0 or not self.weight > 0:
             raise SettingsError("soft.limit must be in (0, 1], soft.temperature and soft.weight positive")
 
@@ -52,8 +54,8 @@ class SoftSet:
 
 
 def size(settings: SoftLabels, version: int, available: int) -> int:
-    """How many texts the soft set aims at in `version`: `growth * (version + 1)`, at most `limit` of those available."""
-    return min(settings.growth * (version + 1), int(settings.limit * available))
+    """How many texts the soft set aims at in `version`: `growth` more in each, at most `limit` of those available."""
+    return min(settings.growth * max(version + 1 - settings.first, 0), int(settings.limit * available))
 
 
 def choose(scores: NDArray[np.float32], count: int) -> SoftSet:

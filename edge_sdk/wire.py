@@ -156,7 +156,7 @@ def _arrays(header: Mapping[str, msgspec.Raw], data: memoryview, expected: Shape
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
-        if begin != position or end - begin != 4 * math.prod(expected[name]) or end > len(data):
+        if begin != position or end - begin != 4 * math.prod(expected[name]):
             raise WireError("bad-tensors", f"{name} does not lie in the file as its shape says")
         position = end
     if position != len(data):

@@ -168,7 +168,8 @@ def baselines(
         log = out / "logs" / f"{name}-baseline.log"
         arguments = ["edge_sdk.cli", "baseline", "--home", str(home), "--server", address, "--name", name]
         arguments += ["--steps", str(settings.lpfl.versions * training.steps), "--batch-size", str(training.batch_size)]
-        process = start([*arguments, "--learning-rate", str(training.learning_rate)], log, running)
+        arguments += ["--learning-rate", str(training.learning_rate), "--dropout", str(training.dropout)]
+        process = start(arguments, log, running)
         if process.wait() != 0:
             raise Failed(f"edge-agent baseline of {name} ended with {process.returncode}:\n{log.read_text()[-1000:]}")
         return float(json.loads(log.read_text().splitlines()[-1])["accuracy"])

@@ -7,6 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
 from edge_export.bundle import make
 from edge_sdk import bundle as bundles
@@ -31,7 +32,9 @@ def open_both(folder: Path) -> tuple[OnnxEngine, Learner, AdapterSpec]:
     bundle = bundles.read(folder)
     engine = OnnxEngine(folder, bundle, factories.task(bundle.kind))
     spec = AdapterSpec(bundle.slots, rank=3, alpha=6.0)
-    return engine, Learner.load(bundle, engine.head, engine.encoder, spec, threads=1), spec
+    learner = Learner.load(bundle, engine.head, engine.encoder, spec, threads=1)
+    torch.set_float32_matmul_precision("highest")  # `load` allows bfloat16; here digits are compared
+    return engine, learner, spec
 
 
 def random_adapter(spec: AdapterSpec, seed: int = 1) -> Arrays:

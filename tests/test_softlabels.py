@@ -31,10 +31,17 @@ def test_the_set_grows_with_the_version_up_to_the_limit() -> None:
     assert [size(settings, version, 100) for version in range(5)] == [10, 20, 30, 35, 35]
 
 
-@given(st.integers(1, 100), st.floats(0.01, 1), st.integers(0, 50), st.integers(0, 500))
-def test_size_never_shrinks_nor_exceeds_the_limit(growth: int, limit: float, version: int, available: int) -> None:
+def test_soft_labels_may_start_later() -> None:
+    """With first 2, versions 0 and 1 have none, and growth counts from there."""
+    settings = SoftLabels(first=2, growth=10, limit=0.35)
+
+    assert [size(settings, version, 100) for version in range(7)] == [0, 0, 10, 20, 30, 35, 35]
+
+
+@given(st.integers(0, 9), st.integers(1, 100), st.floats(0.01, 1), st.integers(0, 50), st.integers(0, 500))
+def test_size_never_shrinks_nor_exceeds_the_limit(first: int, growth: int, limit: float, version: int, available: int) -> None:
     """A later version never takes less, no version takes more than its share, and nothing is taken of nothing."""
-    settings = SoftLabels(growth=growth, limit=limit)
+    settings = SoftLabels(first=first, growth=growth, limit=limit)
     now = size(settings, version, available)
 
     assert now <= size(settings, version + 1, available)
@@ -45,6 +52,7 @@ def test_size_never_shrinks_nor_exceeds_the_limit(growth: int, limit: float, ver
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"first": -1}, "first must not be negative"),
         ({"growth": 0}, "growth and soft.batch_size"),
         ({"batch_size": 0}, "growth and soft.batch_size"),
         ({"limit": 0.0}, "limit must be in"),

@@ -1,0 +1,32 @@
+"""What the README says is what the committed results say, and what it names exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import lpfl
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_the_table_in_the_readme_is_the_committed_result() -> None:
+    """Every number of the table comes from docs/results/lpfl.json."""
+    rows = json.loads((ROOT / "docs/results/lpfl.json").read_text())["rows"]
+
+    assert lpfl.markdown(rows) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Links and quoted paths of the repository lead somewhere."""
+    text = page.read_text()
+    links = [page.parent / link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)#][^)]*)\)", text)]
+    folders = "edge_sdk|server|export|examples|bench|tests|docs"
+    quoted = [ROOT / path for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", text)]
+
+    assert not [str(path) for path in links + quoted if not path.exists()]

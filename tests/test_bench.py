@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.table import Table
 
@@ -62,23 +63,26 @@ def test_zero_shot_is_the_base_model(lab: fleet.Lab) -> None:
     assert lpfl.accuracies("zero_shot", lab, devices, lab.settings.lpfl) == pytest.approx(expected)
 
 
-def test_methods_differ_in_one_thing_only() -> None:
-    """Baselines get LP-FL's versions, steps and batch sizes; soft labels go to LP-FL and FP-FL alone."""
+def test_methods_differ_only_where_the_table_says_so() -> None:
+    """Baselines get LP-FL's versions and batch sizes, and its steps and dropout unless their own were better for them."""
     run = LpFl()
     made = {m: lpfl.settings_of(lpfl.Cell("minilm", "iid", 16, 3, m), run) for m in lpfl.METHODS}
 
     for method, settings in made.items():
+        own = lpfl.SCALES["minilm"].changes.get(method, {})
+        assert own.keys() <= {"steps", "learning_rate", "dropout"}
         assert settings.versions == run.versions
-        assert settings.training.steps == run.training.steps
-        assert settings.training.batch_size == run.training.batch_size
+        assert settings.training == msgspec.structs.replace(run.training, **own)
         assert (settings.soft is not None) == (method in ("lpfl", "fp_fl"))
         assert settings.seed == 3
+    assert "lpfl" not in lpfl.SCALES["minilm"].changes
 
 
-def test_an_unknown_change_is_refused() -> None:
-    """A misspelt setting in a grid is an error, not a silent default."""
-    cell = lpfl.Cell("minilm", "iid", 16, 0, "lpfl", change=(("grwoth", 1.0),))
-    with pytest.raises(AttributeError):
+@pytest.mark.parametrize(("method", "name"), [("lpfl", "grwoth"), ("local_only", "growth")])
+def test_a_change_that_does_nothing_is_refused(method: str, name: str) -> None:
+    """A misspelt setting in a grid, or one the method has no use for, is an error, not a silent default."""
+    cell = lpfl.Cell("minilm", "iid", 16, 0, method, change=((name, 1.0),))
+    with pytest.raises(ValueError, match=f"{method} has no setting {name}"):
         lpfl.settings_of(cell, LpFl())
 
 

@@ -36,7 +36,7 @@ CONFIGS = Path(__file__).parent.parent / "examples"
 
 def bundle_of(slm: str) -> Path:
     """The exported bundle of a named model, made on first use and cached."""
-    folder = cache_folder() / "exports" / slm
+    folder = cache_folder() / "exports" / f"{slm}-{bundles.SCHEMA}"
     if not (folder / bundles.NAME).exists():
         from edge_export.bundle import make
 

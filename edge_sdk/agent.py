@@ -7,12 +7,12 @@ the process may be killed at any time. Said on stdout: one line per thing done.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import hashlib
 import importlib.util
-import os
+import logging
 import random
+import sqlite3
 from collections.abc import Awaitable, Callable
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from edge_sdk import bundle as bundles
-from edge_sdk import session, verbs, wire
+from edge_sdk import files, session, verbs, wire
 from edge_sdk.adapters import Array, Arrays
 from edge_sdk.errors import AssetError, DataError, Refused, SettingsError, Unreachable, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
@@ -30,6 +30,8 @@ from edge_sdk.tasks import Private
 from edge_sdk.transport import Api, Transport
 
 ADAPTER = "adapter.safetensors"
+FORGOTTEN = ("unknown-device", "wrong-shape")  # refusals of a server that does not know this device's run
+log = logging.getLogger(__name__)
 
 
 class Models:
@@ -105,9 +107,13 @@ class Agent:
             The newest version this device holds, the final one where the run is over.
 
         Raises:
-            SettingsError: the server speaks another protocol.
+            SettingsError: the server speaks another protocol, or another process uses this device's home.
             DataError: with `updates`, this device cannot do its work.
         """
+        with files.held(self._store.home, "edge-agent"):
+            return await self._live(updates)
+
+    async def _live(self, updates: int | None) -> int:
         state, action = session.step(Session(session.AskForWork()), session.Started(self._store.pending() is not None), 0.0)
         while not isinstance(action, session.Stop) and self._delivered != updates:
             event = await self._carry_out(action)
@@ -150,6 +156,10 @@ class Agent:
             return session.NoAnswer()
         except Refused as error:
             self._say(f"refused: {error}")
+            if error.code in FORGOTTEN:  # the server was set up anew: meet it again before the next word
+                self._manifest = self._models = None
+            if error.code == "unknown-device":
+                return session.NoAnswer()
             if error.retry_after is not None:
                 return session.NoAnswer(error.retry_after)
             if isinstance(action, session.Do):
@@ -157,11 +167,18 @@ class Agent:
             return session.Rejected(error.code)
         except SettingsError:
             raise
-        except (DataError, AssetError, WireError) as error:
+        except (DataError, AssetError, WireError, OSError, sqlite3.Error) as error:
             self._say(f"cannot work: {error}")
             return session.WorkFailed(str(error)) if isinstance(action, session.Do) else session.NoAnswer()
+        except Exception as error:
+            if not isinstance(action, session.Do):
+                raise
+            log.exception("unexpected, please report it")  # models fail in many ways; the device stays with its fleet
+            self._say(f"cannot work: {type(error).__name__}: {error}")
+            return session.WorkFailed(str(error))
 
     async def _send(self) -> Event:
+        await self._enroll()  # a result of another run is dropped there
         parcel = self._store.pending()
         if parcel is not None:
             receipt = await self._api.send(parcel.content_type, parcel.body)
@@ -202,6 +219,12 @@ class Agent:
                 raise SettingsError(
                     f"the server speaks protocol {manifest.protocol}, this device {PROTOCOL}; update the older one"
                 )
+            if self._store.fact("run") not in (None, manifest.run):
+                self._say("the server started another run; what belongs to the old one is dropped")
+                self._store.delivered()
+                (self._store.home / ADAPTER).unlink(missing_ok=True)
+                self._store.set_fact("version", "0")
+            self._store.set_fact("run", manifest.run)
             self._store.set_fact("manifest", wire.encode(manifest).decode())
             self._manifest = manifest
         return self._manifest
@@ -213,22 +236,19 @@ class Agent:
         with (folder / ".lock").open("w") as lock:  # agents of one machine share the cache; the first one fetches
             await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
             for name, file in manifest.bundle.files.items():
-                path = folder / name
-                if not path.exists() or path.stat().st_size != file.size:
+                if not await asyncio.to_thread(bundles.intact, folder / name, file):
                     self._say(f"fetching {name} ({file.size / 1e6:.0f} MB)")
-                    await self._api.blob(file, path)
-        await asyncio.to_thread(bundles.verify, folder, manifest.bundle)
+                    await self._api.blob(file, folder / name)
         return folder
 
     async def _adapter(self, sha256: str, version: int) -> dict[str, Array]:
         """A global adapter, from disk where it is the one kept last, else from the server, and then kept."""
         shapes = (await self._enroll()).adapter.shapes()
-        if self._store.fact("adapter") == sha256 and (kept := _kept_body(self._store)) is not None:
-            with contextlib.suppress(WireError):  # damaged on disk: fetch it again
-                return wire.unpack_adapter(kept, shapes)
+        if (kept := _kept_body(self._store)) is not None and hashlib.sha256(kept).hexdigest() == sha256:
+            return wire.unpack_adapter(kept, shapes)
         body = await self._api.blob_bytes(sha256, wire.size_limit(shapes))
         arrays = wire.unpack_adapter(body, shapes)
-        await asyncio.to_thread(_keep, self._store, body, sha256, version)
+        await asyncio.to_thread(_keep, self._store, body, version)
         return arrays
 
 
@@ -257,16 +277,9 @@ def _kept_body(store: Store) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _keep(store: Store, body: bytes, sha256: str, version: int) -> None:
-    """Makes `body` the device's adapter: on disk under another name, then renamed, so that one of the two is always whole."""
-    path = store.home / ADAPTER
-    aside = path.with_suffix(".part")
-    with aside.open("wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    store.set_fact("adapter", sha256)
+def _keep(store: Store, body: bytes, version: int) -> None:
+    """Makes `body` the device's adapter."""
+    files.write(store.home / ADAPTER, body)
     store.set_fact("version", str(version))
 
 

@@ -14,7 +14,7 @@ from edge_sdk.adapters import Slot
 from edge_sdk.errors import AssetError, SettingsError
 from edge_sdk.tasks import Kind
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "bundle.json"
 
 
@@ -36,6 +36,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         license: SPDX identifier of the base, or `unknown`.
         parameters: how many weights the base has; uploads are compared with it.
         width: length of a readout.
+        positions: longest sequence the base can read, in tokens.
         prefix: token ids that start every sequence; suffix: those that end it.
         slots: linear layers that can carry LoRA.
         files: name -> size and hash of every other file of the folder.
@@ -48,6 +49,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     license: str
     parameters: int
     width: int
+    positions: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     slots: tuple[Slot, ...]
@@ -102,6 +104,10 @@ def digest(path: Path) -> File:
 def verify(folder: Path, bundle: Bundle) -> None:
     """Raises: AssetError: a file is missing, truncated or changed."""
     for name, expected in bundle.files.items():
-        path = folder / name
-        if not path.is_file() or digest(path) != expected:
-            raise AssetError(f"{path} is missing or damaged; delete {folder} and fetch it again")
+        if not intact(folder / name, expected):
+            raise AssetError(f"{folder / name} is missing or damaged; delete {folder} and fetch it again")
+
+
+def intact(path: Path, expected: File) -> bool:
+    """Whether a file is there, whole and unchanged."""
+    return path.is_file() and path.stat().st_size == expected.size and digest(path) == expected

@@ -14,11 +14,11 @@ from typing import Any
 
 from edge_sdk.assets import cache_folder
 from edge_sdk.errors import DataError, EdgeError, SettingsError
-from edge_sdk.store import Store
+from edge_sdk.store import NAME, Store
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 an error said on stderr, 2 wrong settings or arguments, 130 stopped by a signal."""
+    """Exit codes: 0 done or told to stop (SIGTERM), 1 an error said on stderr, 2 wrong settings or arguments, 130 Ctrl-C."""
     args = _parser().parse_args(arguments)
     try:
         code: int = args.call(args)
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     alone.add_argument("--seed", type=int, default=0)
     predict = verb("predict", _predict, "label texts with the newest adapter")
     predict.add_argument("texts", nargs="+")
-    predict.add_argument("--server", help="only needed before the first contact")
+    predict.add_argument("--server", help="URL; only needed before the first contact")
     predict.add_argument("--cache", type=Path, default=cache_folder())
     predict.add_argument("--json", action="store_true")
     return parser
@@ -81,8 +81,10 @@ def _rows(path: Path) -> Iterator[tuple[str, str | None, str | None, bool]]:
     """Raises: DataError: a line that is not such an object, with its number."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line.decode())
+                row = json.loads(line.decode("utf-8-sig"))
                 unknown = row.keys() - {"text", "label", "truth", "held_out"}
                 text, label, truth, held_out = row["text"], row.get("label"), row.get("truth"), row.get("held_out", False)
             except (ValueError, KeyError, AttributeError, RecursionError) as error:
@@ -94,10 +96,14 @@ def _rows(path: Path) -> Iterator[tuple[str, str | None, str | None, bool]]:
             strings = (label is None or isinstance(label, str)) and (truth is None or isinstance(truth, str))
             if not isinstance(text, str) or not strings or not isinstance(held_out, bool):
                 raise DataError(f"{path}:{number}: text, label and truth are strings, held_out is true or false")
+            if not text.strip() or (held_out and label is None):
+                raise DataError(f"{path}:{number}: an example needs text, and a held-out one a label")
             yield text, label, truth, held_out
 
 
 def _status(args: argparse.Namespace) -> int:
+    if not (args.home / NAME).exists():
+        raise DataError(f"there is no device in {args.home}; make one with `edge-agent add` or `edge-agent run`")
     store = Store(args.home)
     facts = {
         "device": store.device_id,
@@ -113,12 +119,18 @@ def _run(args: argparse.Namespace) -> int:
     from edge_sdk.agent import Agent
     from edge_sdk.transport import HttpTransport
 
+    signals: list[int] = []
+
+    def stop(number: int, task: asyncio.Task[int]) -> None:
+        signals.append(number)
+        task.cancel()
+
     async def run() -> int | None:
         async with HttpTransport(args.server) as transport:
             agent = Agent(Store(args.home), transport, args.cache, args.name, args.threads, _say)
             task = asyncio.ensure_future(agent.run())
             for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+                asyncio.get_running_loop().add_signal_handler(number, stop, number, task)
             try:
                 return await task
             except asyncio.CancelledError:
@@ -129,7 +141,9 @@ def _run(args: argparse.Namespace) -> int:
     if version is None:
         _say("stopped")
         sys.stdout.flush()
-        os._exit(130)  # a training step may hold the worker thread for seconds; all that matters is on disk
+        os._exit(
+            130 if signal.SIGINT in signals else 0
+        )  # a training step may hold the worker thread for seconds; all that matters is on disk
     _say(f"finished at version {version}")
     return 0
 
@@ -162,6 +176,8 @@ def _baseline(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from edge_sdk.device import EdgeDevice
 
+    if args.server is None and not (args.home / NAME).exists():
+        raise DataError(f"there is no device in {args.home}; name its server once: --server http://HOST:8440")
     for prediction in EdgeDevice(args.home, args.server, cache=args.cache).predict(args.texts):
         if args.json:
             print(json.dumps({"text": prediction.text, "label": prediction.label, "probabilities": prediction.probabilities}))

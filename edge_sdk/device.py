@@ -11,16 +11,25 @@ Synchronous on purpose: a script needs no event loop. The daemon is `agent.py`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from edge_sdk import bundle as bundles
 from edge_sdk.assets import cache_folder
-from edge_sdk.errors import DataError
+from edge_sdk.engines import Engine
+from edge_sdk.errors import AssetError, DataError, Unreachable
 from edge_sdk.protocol import Manifest
 from edge_sdk.store import Store
+from edge_sdk.tasks import softmax
+
+if TYPE_CHECKING:  # they bring aiohttp, which only a call needs
+    from edge_sdk.agent import Agent, Models
+    from edge_sdk.transport import HttpTransport
 
 
 @dataclass(frozen=True)
@@ -41,60 +50,68 @@ class EdgeDevice:
         name: shown to the server's operator.
         threads: for inference and training.
         cache: folder for model files; the user's cache by default.
+        say: told one line per thing done; prints to stderr by default.
     """
 
     def __init__(
-        self, home: str | Path, server: str | None = None, name: str = "device", threads: int = 1, cache: Path | None = None
+        self,
+        home: str | Path,
+        server: str | None = None,
+        name: str = "device",
+        threads: int = 1,
+        cache: Path | None = None,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         self._store = Store(Path(home).expanduser())
         self._server = server
         self._name = name
         self._threads = threads
         self._cache = cache or cache_folder()
+        self._say = say
+        self._engine: tuple[Manifest, Engine] | None = None
 
     def add(self, text: str, label: str | None = None) -> None:
         """Keeps a private text on this device, with its label where one is known."""
         self._store.add(text, label)
 
-    def learn(self, updates: int = 1) -> int:
-        """Takes part in the run until `updates` adapter updates are delivered or the run is over.
+    def learn(self, updates: int | None = None, timeout: float | None = None) -> int:
+        """Takes part until the run is over, and keeps its result; or until `updates` adapter updates are delivered.
+
+        Args:
+            timeout: seconds after which to give up; what is done by then is kept. None waits as long as it takes, through
+                every outage.
 
         Returns:
-            The version learned from last, or the final one.
+            The newest version this device keeps: the final one where the run is over.
 
         Raises:
-            DataError: no labelled text, or no torch. SettingsError: the server speaks another protocol.
+            DataError: with `updates`, no labelled text or no torch. SettingsError: the server speaks another protocol, or
+            another process uses this home. Unreachable: `timeout` is over.
         """
-        from edge_sdk.agent import Agent
-        from edge_sdk.transport import HttpTransport
 
         async def take_part() -> int:
-            async with HttpTransport(self._need_server()) as transport:
-                return await Agent(self._store, transport, self._cache, self._name, self._threads, lambda _: None).run(updates)
+            async with self._transport() as transport, asyncio.timeout(timeout):
+                return await self._agent(transport).run(updates)
 
-        return asyncio.run(take_part())
+        try:
+            return asyncio.run(take_part())
+        except TimeoutError as error:
+            raise Unreachable(f"not finished after {timeout} seconds; call learn() again to go on") from error
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Labels texts with the newest adapter this device keeps, or the base model where it has none; no torch needed.
 
         Raises:
-            DataError: the device has never met its server, so it has no model.
+            DataError: the device has never met its server, so it has no model. AssetError: its files are damaged, and there
+            is no server to fetch them from.
         """
-        from edge_sdk.agent import Agent, Models, bundle_folder, kept_adapter
-        from edge_sdk.tasks import softmax
-        from edge_sdk.transport import HttpTransport
+        from edge_sdk.agent import kept_adapter
 
-        async def meet() -> None:
-            async with HttpTransport(self._need_server()) as transport:
-                await Agent(self._store, transport, self._cache, self._name, self._threads, lambda _: None).models()
-
-        if (known := self._store.fact("manifest")) is None or not bundle_folder(self._cache, _manifest(known)).exists():
-            asyncio.run(meet())
-            known = self._store.fact("manifest")
-        if known is None:
-            raise DataError("this device has no model yet; give it a server once")
-        manifest = _manifest(known)
-        engine = Models(bundle_folder(self._cache, manifest), manifest, self._threads).engine
+        if isinstance(texts, str):
+            raise DataError("predict takes a list of texts: predict([text])")
+        if self._engine is None:
+            self._engine = self._load()
+        manifest, engine = self._engine
         engine.set_adapter(kept_adapter(self._store, manifest), manifest.adapter)
         labels = manifest.task.labels
         rows = softmax(engine.scores(texts))
@@ -103,14 +120,38 @@ class EdgeDevice:
             for text, row in zip(texts, rows, strict=True)
         ]
 
+    def _load(self) -> tuple[Manifest, Engine]:
+        """The engine from files that are whole: from disk alone where it can be, else with the server's help."""
+        from edge_sdk.agent import Models, bundle_folder
+
+        if (known := self._store.fact("manifest")) is not None:
+            manifest: Manifest = msgspec.json.decode(known, type=Manifest)
+            folder = bundle_folder(self._cache, manifest)
+            try:
+                bundles.verify(folder, manifest.bundle)
+                return manifest, Models(folder, manifest, self._threads).engine
+            except AssetError:
+                if self._server is None:
+                    raise
+
+        async def meet() -> Models:
+            async with self._transport() as transport:
+                return await self._agent(transport).models()
+
+        models = asyncio.run(meet())
+        return models.manifest, models.engine
+
     def close(self) -> None:
         self._store.close()
 
-    def _need_server(self) -> str:
+    def _transport(self) -> HttpTransport:
+        from edge_sdk.transport import HttpTransport
+
         if self._server is None:
-            raise DataError("this device has no server; pass server='http://HOST:PORT'")
-        return self._server
+            raise DataError("this device has no model yet and no server to get one from; name its server once")
+        return HttpTransport(self._server)
 
+    def _agent(self, transport: HttpTransport) -> Agent:
+        from edge_sdk.agent import Agent
 
-def _manifest(known: str) -> Manifest:
-    return msgspec.json.decode(known, type=Manifest)
+        return Agent(self._store, transport, self._cache, self._name, self._threads, self._say)

@@ -33,13 +33,14 @@ class Enroll(Message, frozen=True):
 
 
 class Manifest(Message, frozen=True):
-    """Server -> device: everything that stays the same for the whole run."""
+    """Server -> device: everything that stays the same for the whole run, whose id is `run`."""
 
     protocol: int
     system: str
     task: Task
     adapter: AdapterSpec
     bundle: Bundle
+    run: str = ""
 
 
 class Ask(Message, frozen=True):

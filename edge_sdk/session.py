@@ -6,7 +6,8 @@ Rules kept here and nowhere else:
 2. A network failure changes nothing but the time: the action is repeated (work is asked for again) after a pause that
    doubles, up to ten minutes, times a random share of it (full jitter), and never sooner than the server's `Retry-After`.
    Whatever the server says, a pause is at least 0.02 seconds where it asks for one, and at most an hour.
-3. A refusal that a repeat cannot cure drops the result, and the device asks for new work.
+3. A refusal that a repeat cannot cure drops the result. The device asks for new work: at once where the result only came too
+   late, otherwise after a minute, because the same work would be refused again.
 4. Work that fails on the device (no labelled text, no torch) is said in one line and tried again after a minute.
 
 No sockets, clocks or disks: `agent.py` carries the actions out.
@@ -21,6 +22,7 @@ from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
 FIRST_PAUSE = 1.0  # seconds
 LONGEST_PAUSE = 600.0
 PAUSE_AFTER_FAILED_WORK = 60.0
+CAME_LATE = ("already-answered", "too-stale")
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 3600.0  # what a server may ask for
 
 
@@ -160,8 +162,8 @@ def step(session: Session, event: Event, jitter: float) -> tuple[Session, Action
             return replace(session, doing=Sleep(seconds), after_sleep=again, failures=session.failures + 1), Sleep(seconds)
         case Sleep(), Woke() if session.after_sleep is not None:
             return replace(session, doing=session.after_sleep, after_sleep=None), session.after_sleep
-        case Drop(), Woke():
-            return _to(AskForWork())
+        case Drop(code), Woke():
+            return _to(AskForWork()) if code in CAME_LATE else _sleep(PAUSE_AFTER_FAILED_WORK, AskForWork())
         case _:
             raise ValueError(f"{event} cannot follow {session.doing}")
 

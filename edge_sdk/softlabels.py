@@ -7,6 +7,7 @@ takes the most confident of each class. Nothing here reads a clock, a disk or a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -21,7 +22,7 @@ class SoftLabels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         first: first version with soft labels: 0 where the base labels well without training, 1 where it does not.
-        growth: texts the soft set gains with every version from `first` on.
+        growth: texts the soft set gains with every version from `first` on; 0 for none: learning from real labels alone.
         limit: largest share of the unlabelled texts ever taken.
         temperature: of the teacher in the soft loss; below 1 sharpens its labels, see `training/losses.py`.
         weight: of the soft loss beside the loss on real labels.
@@ -36,10 +37,10 @@ class SoftLabels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.first < 0 or self.growth < 1 or self.batch_size < 1:
-            raise SettingsError("soft.first must not be negative, soft.growth and soft.batch_size at least 1")
-        if not 0 < self.limit <= 1 or not self.temperature > 0 or not self.weight > 0:
-            raise SettingsError("soft.limit must be in (0, 1], soft.temperature and soft.weight positive")
+        if self.first < 0 or self.growth < 0 or not 1 <= self.batch_size <= 4096:
+            raise SettingsError("soft.first and soft.growth must not be negative, soft.batch_size between 1 and 4096")
+        if not 0 < self.limit <= 1 or not 0 < self.temperature < math.inf or not 0 < self.weight < math.inf:
+            raise SettingsError("soft.limit must be in (0, 1], soft.temperature and soft.weight positive and finite")
 
 
 @dataclass(frozen=True)

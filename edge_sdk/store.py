@@ -16,6 +16,7 @@ from pathlib import Path
 from edge_sdk.errors import DataError
 from edge_sdk.tasks import Example, Private
 
+NAME = "device.sqlite"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS examples (
@@ -41,12 +42,12 @@ class Store:
         self.home = home
         self._lock = threading.Lock()
         try:
-            self._db = sqlite3.connect(home / "device.sqlite", check_same_thread=False, isolation_level=None, timeout=30)
+            self._db = sqlite3.connect(home / NAME, check_same_thread=False, isolation_level=None, timeout=30)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise DataError(f"{home / 'device.sqlite'} cannot be used ({error}); move it away to start afresh") from error
+            raise DataError(f"{home / NAME} cannot be used ({error}); move it away to start afresh") from error
 
     def close(self) -> None:
         with self._lock:
@@ -75,7 +76,7 @@ class Store:
     def add_all(self, rows: Iterable[tuple[str, str | None, str | None, bool]]) -> int:
         """Keeps (text, label, truth, held out) rows, all or none.
 
-        A text already kept gains the label it lacked. Once held out, a text stays held out.
+        A text already kept takes the new label, where there is one. Once held out, a text stays held out.
 
         Returns:
             How many rows were read.
@@ -88,7 +89,7 @@ class Store:
             if not text.strip():
                 raise DataError("an example needs text")
             if held_out and label is None:
-                raise DataError(f"a held-out example needs a label: {text[:60]!r}")
+                raise DataError("a held-out example needs a label")
             checked.append((text.strip(), label, truth, int(held_out)))
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
@@ -103,7 +104,7 @@ class Store:
             except BaseException as error:
                 self._db.execute("ROLLBACK")
                 if isinstance(error, UnicodeEncodeError):
-                    raise DataError(f"an example is not valid Unicode: {error.object[:60]!r}") from error
+                    raise DataError("an example is not valid Unicode") from error
                 raise
         return len(checked)
 
@@ -125,10 +126,10 @@ class Store:
         with self._lock:
             rows = self._db.execute("SELECT text, label, truth, held_out FROM examples ORDER BY id").fetchall()
         index = {label: i for i, label in enumerate(labels)}
-        for text, label, truth, _ in rows:
-            for name in (label, truth):
-                if name is not None and name not in index:
-                    raise DataError(f"label {name!r} of {text[:60]!r} is not one of this task's: {', '.join(labels)}")
+        unknown = {name for row in rows for name in row[1:3] if name is not None and name not in index}
+        if unknown:  # the label is told, the private text never
+            known = ", ".join(labels)
+            raise DataError(f"label {min(unknown)!r} is not one of this task's: {known}; add its texts again with one of these")
         training = [(text, label, truth) for text, label, truth, held_out in rows if not held_out]
         return Private(
             labelled=tuple(Example(text, index[label]) for text, label, _ in training if label is not None),

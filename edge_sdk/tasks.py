@@ -7,6 +7,7 @@ scores are `scale * readout @ rows.T`, so a task can be answered before any trai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_sdk.errors import DataError, SettingsError
+from edge_sdk.errors import SettingsError
 
 Kind = Literal["decoder", "encoder"]
 
@@ -48,15 +49,8 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("task.pattern must contain {text} exactly once")
         if len(self.verbalizer) != len(self.labels) or not all(self.verbalizer):
             raise SettingsError("task.verbalizer needs one non-empty list of words per label")
-        if not self.scale > 0 or not 4 <= self.max_tokens <= 512:
-            raise SettingsError("task.scale must be positive and task.max_tokens between 4 and 512")
-
-    def label_index(self, label: str) -> int:
-        """Raises: DataError: `label` is not one of the task's."""
-        try:
-            return self.labels.index(label)
-        except ValueError:
-            raise DataError(f"label {label!r} is not one of this task's: {', '.join(self.labels)}") from None
+        if not 0 < self.scale < math.inf or not 4 <= self.max_tokens <= 512:
+            raise SettingsError("task.scale must be positive and finite, and task.max_tokens between 4 and 512")
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,14 @@ class PromptEncoder:
         tokenizer: path of a `tokenizer.json`.
         prefix: token ids every sequence starts with ([CLS] of an encoder; nothing, or BOS, for a decoder).
         suffix: token ids every sequence ends with ([SEP] of an encoder).
+        positions: longest sequence the model can read.
         task: pattern and length limit.
+
+    Raises:
+        DataError: the pattern alone is as long as the model can read.
     """
 
-    def __init__(self, tokenizer: Path, prefix: Sequence[int], suffix: Sequence[int], task: Task) -> None:
+    def __init__(self, tokenizer: Path, prefix: Sequence[int], suffix: Sequence[int], positions: int, task: Task) -> None:
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -33,7 +37,9 @@ class PromptEncoder:
         self._before = [*prefix, *self._plain(before)]
         self._after = [*self._plain(after), *suffix]
         self._prefix, self._suffix = list(prefix), list(suffix)
-        self._max_tokens = task.max_tokens
+        self._max_tokens = min(task.max_tokens, positions - len(self._before) - len(self._after))
+        if self._max_tokens < 1:
+            raise DataError(f"the pattern leaves no room for text: this model reads {positions} tokens; make it shorter")
 
     def _plain(self, text: str) -> Ids:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []

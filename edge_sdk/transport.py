@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from edge_sdk.bundle import File
-from edge_sdk.errors import AssetError, Refused, Unreachable, WireError
+from edge_sdk.errors import AssetError, Refused, SettingsError, Unreachable, WireError
 from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Manifest, Problem, Receipt, Status, Work
 from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, decode, encode
 
@@ -51,12 +52,22 @@ class Transport(Protocol):
 
 
 class HttpTransport:
-    """HTTP/1.1 through aiohttp; use as an async context manager."""
+    """HTTP/1.1 through aiohttp; use as an async context manager.
+
+    Raises:
+        SettingsError: `server` is not a URL.
+    """
 
     def __init__(self, server: str, timeout: float = 60.0) -> None:
         if not server.startswith(("http://", "https://")):
             server = f"http://{server}"
         self._server = server.rstrip("/")
+        try:
+            known = urlsplit(self._server).hostname
+        except ValueError:
+            known = None
+        if not known:
+            raise SettingsError(f"{server!r} is not a server's URL, e.g. http://192.168.1.5:8440")
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
 

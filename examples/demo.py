@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from edge_server import settings as run_settings
 from examples import icwsm, report
 
 LABELLED, UNLABELLED, HELD_OUT = 16, 240, 300
+MARK = ".tandem-demo"  # in every folder that a demo made and may empty
 DEADLINE = 3600.0  # seconds for the federated part: a stuck run must end
 
 
@@ -58,7 +58,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0, help="which sentences the devices own")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` stops the processes
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that `finally` stops the processes
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     console = Console()
     try:
         run(args.slm, args.out, args.seed, console)
@@ -81,7 +82,7 @@ def run(slm: str, out: Path, seed: int, console: Console) -> None:
         bundle = fleet.bundle_of(slm)
     console.print(f"assets ready after {time.monotonic() - began:.0f} s")
     started = time.monotonic()
-    shutil.rmtree(out, ignore_errors=True)
+    clear(out)
     homes = {name: out / "devices" / name for name in domains}
     for name, private in zip(domains, fleet.devices("by-domain", LABELLED, UNLABELLED, HELD_OUT, "test", seed), strict=True):
         fill(homes[name], private)
@@ -98,6 +99,15 @@ def run(slm: str, out: Path, seed: int, console: Console) -> None:
     report.write_html(out / "report.html", result, status, slm)
     console.print(report.table(result))
     console.print(f"{seconds:.0f} s; {out / 'report.json'} and {out / 'report.html'} tell the whole story")
+
+
+def clear(out: Path) -> None:
+    """Empties the folder of an earlier demo. Raises: Failed: it holds something else."""
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
+        raise Failed(f"{out} holds other files; choose a new or an empty folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
 
 
 def fill(home: Path, private: Private) -> None:
@@ -162,20 +172,20 @@ def baselines(
 ) -> dict[str, float]:
     """Accuracy of each device learning alone, with as many steps as it has in the federation."""
     training = settings.lpfl.training
-
-    def one(item: tuple[str, Path]) -> float:
-        name, home = item
-        log = out / "logs" / f"{name}-baseline.log"
-        arguments = ["edge_sdk.cli", "baseline", "--home", str(home), "--server", address, "--name", name]
-        arguments += ["--steps", str(settings.lpfl.versions * training.steps), "--batch-size", str(training.batch_size)]
-        arguments += ["--learning-rate", str(training.learning_rate), "--dropout", str(training.dropout)]
-        process = start(arguments, log, running)
-        if process.wait() != 0:
-            raise Failed(f"edge-agent baseline of {name} ended with {process.returncode}:\n{log.read_text()[-1000:]}")
-        return float(json.loads(log.read_text().splitlines()[-1])["accuracy"])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(homes, pool.map(one, homes.items()), strict=True))
+    options = ["--steps", settings.lpfl.versions * training.steps, "--batch-size", training.batch_size]
+    options += ["--learning-rate", training.learning_rate, "--dropout", training.dropout]
+    logs = {name: out / "logs" / f"{name}-baseline.log" for name in homes}
+    waiting, working = list(homes), dict[str, subprocess.Popen[bytes]]()
+    while waiting or working:
+        while waiting and len(working) < (os.cpu_count() or 1):
+            name = waiting.pop(0)
+            arguments = ["edge_sdk.cli", "baseline", "--home", str(homes[name]), "--server", address, "--name", name]
+            working[name] = start([*arguments, *map(str, options)], logs[name], running)
+        for name, process in list(working.items()):
+            if process.poll() is not None and working.pop(name).returncode != 0:
+                ended(process, f"edge-agent baseline of {name}", logs[name])
+        time.sleep(0.1)
+    return {name: float(json.loads(log.read_text().splitlines()[-1])["accuracy"]) for name, log in logs.items()}
 
 
 def watch(

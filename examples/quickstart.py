@@ -1,7 +1,7 @@
 """One device in a few lines: keep private examples, learn with a server, predict.
 
 edge-export bundle minilm -o runs/minilm
-edge-server serve --config examples/minilm.toml --bundle runs/minilm --data runs/quickstart-server &
+edge-server serve --config examples/quickstart.toml --bundle runs/minilm --data runs/quickstart-server &
 python examples/quickstart.py http://127.0.0.1:8440
 """
 

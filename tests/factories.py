@@ -32,7 +32,7 @@ def task(kind: Kind) -> Task:
 
 def bundle(kind: Kind = "encoder", slots: tuple[Slot, ...] = SLOTS) -> Bundle:
     """A description without files."""
-    return Bundle(SCHEMA, kind, "nowhere", None, "unknown", 1000, 16, (1,), (2,), slots, {})
+    return Bundle(SCHEMA, kind, "nowhere", None, "unknown", 1000, 16, 64, (1,), (2,), slots, {})
 
 
 def manifest(spec: AdapterSpec = SPEC) -> Manifest:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import AdapterSpec
-from edge_sdk.agent import ADAPTER, Agent, kept_adapter
+from edge_sdk.agent import ADAPTER, Agent, bundle_folder, kept_adapter
 from edge_sdk.errors import DataError, SettingsError, WireError
+from edge_sdk.files import held
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
 from edge_sdk.session import PAUSE_AFTER_FAILED_WORK
 from edge_sdk.softlabels import SoftLabels
@@ -221,3 +223,69 @@ async def test_the_same_work_gives_the_same_bytes(world: World, tmp_path: Path) 
 
     assert servers[0].bodies == servers[1].bodies
     assert len(servers[0].bodies) == 1
+
+
+async def test_what_belongs_to_another_run_is_dropped(world: World) -> None:
+    """A server with a new run under the old address gets nothing of the old one, and the device forgets its adapter."""
+    world.store.set_fact("run", "the old one")
+    world.store.post(Parcel(JSON_TYPE, encode(Evaluation(world.store.device_id, 0, 0, {}))))
+    (world.store.home / ADAPTER).write_bytes(b"of the old run")
+    adapter = start(world)
+    world.server.work += [Finished(0, adapter)]
+    await world.agent().run()
+
+    assert world.server.results == []
+    assert world.said("another run")
+    assert hashlib.sha256((world.store.home / ADAPTER).read_bytes()).hexdigest() == adapter
+
+
+async def test_a_server_that_forgot_the_device_is_met_again(world: World) -> None:
+    """`unknown-device` leads to a new enrolment, and then the same result is sent again."""
+    fill(world.store)
+    adapter = start(world)
+    world.server.work += [Evaluate(0, adapter), Finished(0, adapter)]
+    world.server.refusals.append(WireError("unknown-device", "enroll this device first", 403))
+    await world.agent().run()
+
+    assert len(world.server.results) == 1
+    assert world.server.requests.count(("POST", "/v1/enroll")) == 2
+
+
+async def test_a_model_that_does_not_load_does_not_end_the_agent(world: World) -> None:
+    """What nobody expected of a model is said, and the device stays with its fleet."""
+    fill(world.store)
+    files = {**world.server.manifest.bundle.files}
+    body = b"not a graph"
+    files["model.onnx"] = bundles.File(world.server.keep(body), len(body))
+    bundle = msgspec.structs.replace(world.server.manifest.bundle, files=files)
+    world.server.manifest = msgspec.structs.replace(world.server.manifest, bundle=bundle)
+    world.server.work += [Evaluate(0, start(world)), Finished(0, start(world))]
+    world.most_sleeps = 1
+
+    assert await world.agent().run() == 0
+    assert world.said("cannot work: ")
+    assert world.slept == [PAUSE_AFTER_FAILED_WORK]
+
+
+async def test_a_damaged_file_of_the_bundle_is_fetched_again(world: World) -> None:
+    """A byte that rotted in the cache is found by its hash, and only that file is loaded anew."""
+    fill(world.store)
+    adapter = start(world)
+    world.server.work += [Evaluate(0, adapter), Finished(0, adapter)]
+    await world.agent().run()
+    model = bundle_folder(world.cache, world.server.manifest) / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    before = len(world.server.requests)
+    world.server.work += [Evaluate(0, adapter), Finished(0, adapter)]
+    await world.agent().run()
+
+    assert model.read_bytes() == whole
+    fetched = [path for _, path in world.server.requests[before:] if "/blobs/" in path]
+    assert fetched == [f"/v1/blobs/{world.server.manifest.bundle.files['model.onnx'].sha256}"]
+
+
+async def test_one_home_has_one_agent(world: World) -> None:
+    """A second process on the same home would overwrite the first one's result; it is refused, and told so."""
+    with held(world.store.home, "edge-agent"), pytest.raises(SettingsError, match="another edge-agent already uses"):
+        await world.agent().run()

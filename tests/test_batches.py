@@ -74,8 +74,8 @@ def test_every_pass_is_shuffled_anew() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"steps": 0}, "steps and training.batch_size"),
-        ({"batch_size": 0}, "steps and training.batch_size"),
+        ({"steps": 0}, "steps must be"),
+        ({"batch_size": 0}, "batch_size between"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": 1.5}, "learning_rate"),
         ({"learning_rate": math.nan}, "learning_rate"),

@@ -97,10 +97,17 @@ def test_an_empty_file_adds_nothing(add: Add, home: Path, capsys: Capture) -> No
     assert capsys.readouterr().out == f"kept 0 examples in {home}\n"
 
 
+def test_files_of_other_systems_are_read(add: Add, kept: Callable[[], Private]) -> None:
+    """A byte order mark, lines ended as on Windows, and empty lines change nothing."""
+    body = b"\xef\xbb\xbf" + line(text="a").strip() + b"\r\n\r\n" + line(text="b").strip() + b"\r\n\n"
+
+    assert add(body) == 0
+    assert kept().unlabelled == ("a", "b")
+
+
 @pytest.mark.parametrize(
     "bad",
     [
-        b"\n",
         b"text\n",
         b'{"text": "a"\n',
         b'{"text": "a"} {"text": "b"}\n',
@@ -140,9 +147,9 @@ def test_a_line_that_is_no_object_with_text_is_named(add: Add, kept: Callable[[]
         ({"text": "a", "truth": False}, "data.jsonl:2: text, label and truth are strings"),
         ({"text": "a", "label": "yes", "held_out": 1}, "data.jsonl:2: text, label and truth are strings"),
         ({"text": "a", "label": "yes", "held_out": None}, "data.jsonl:2: text, label and truth are strings"),
-        ({"text": ""}, "an example needs text"),
-        ({"text": " \t\n"}, "an example needs text"),
-        ({"text": "a", "held_out": True}, "a held-out example needs a label: 'a'"),
+        ({"text": ""}, "data.jsonl:2: an example needs text"),
+        ({"text": " \t\n"}, "data.jsonl:2: an example needs text"),
+        ({"text": "a", "held_out": True}, "data.jsonl:2: an example needs text, and a held-out one a label"),
         ({"text": "\ud800"}, "not valid Unicode"),
     ],
 )
@@ -190,6 +197,7 @@ def test_a_damaged_store_is_an_error(home: Path, verb: list[str], capsys: Captur
 # status ---------------------------------------------------------------------------------------------------------------
 def test_status_of_a_new_device(home: Path, capsys: Capture) -> None:
     """A device that has done nothing has an id, no examples, nothing to send and no version."""
+    Store(home).close()
     assert main(["status", "--home", str(home), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
 
@@ -220,11 +228,20 @@ def test_status_counts_what_is_kept(home: Path, add: Add, capsys: Capture) -> No
 
 def test_status_for_people_is_one_fact_a_line(home: Path, capsys: Capture) -> None:
     """Without --json the same facts stand one a line."""
+    Store(home).close()
     assert main(["status", "--home", str(home)]) == 0
     lines = capsys.readouterr().out.splitlines()
 
     assert [fact.split(": ")[0] for fact in lines] == ["device", "labelled", "unlabelled", "held_out", "pending", "version"]
     assert lines[1:] == ["labelled: 0", "unlabelled: 0", "held_out: 0", "pending: False", "version: None"]
+
+
+@pytest.mark.parametrize("verb", [["status"], ["predict", "a text"]])
+def test_a_mistyped_home_makes_no_device(home: Path, verb: list[str], capsys: Capture) -> None:
+    """Verbs that only look say that there is nothing, and leave nothing behind."""
+    assert main([verb[0], "--home", str(home), *verb[1:]]) == 1
+    assert f"there is no device in {home}" in capsys.readouterr().err
+    assert not home.exists()
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

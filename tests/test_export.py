@@ -115,7 +115,9 @@ def test_a_peft_folder_round_trips_through_peft(folder: Path, tmp_path: Path) ->
     adapter = random_adapter(spec)
     write_peft(tmp_path, adapter, spec, bundle.base)
     loaded = PeftModel.from_pretrained(base.load(bundle), tmp_path).eval()
-    encoder = PromptEncoder(folder / "tokenizer.json", bundle.prefix, bundle.suffix, factories.task(bundle.kind))
+    encoder = PromptEncoder(
+        folder / "tokenizer.json", bundle.prefix, bundle.suffix, bundle.positions, factories.task(bundle.kind)
+    )
     with torch.no_grad():
         scores = engine.head.scores(readout(loaded, bundle.kind, encoder.prompts(TEXTS)).numpy())
     engine.set_adapter(adapter, spec)
@@ -132,3 +134,12 @@ def test_an_unknown_layer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no linear layer named 'q_proj'"):
         make(Asset(str(model)), "encoder", tmp_path / "bundle", ("q_proj",))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    """Only an empty folder or an older bundle is replaced."""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="holds other files"):
+        make(Asset("nowhere"), "encoder", tmp_path)
+
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -16,7 +16,7 @@ import pytest
 
 from edge_sdk import wire
 from edge_sdk.adapters import Arrays, read_peft
-from edge_sdk.errors import DataError, SettingsError, WireError
+from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.protocol import Evaluation, Receipt, Update
 from edge_server import coordinator
 from edge_server import settings as run_settings
@@ -316,17 +316,24 @@ async def test_updates_of_hostile_size_do_not_end_the_run(tmp_path: Path) -> Non
 
 
 async def test_a_damaged_update_is_named_and_nothing_is_published(tmp_path: Path) -> None:
-    """A blob that rotted on disk stops the version maker with a message, not with a wrong version."""
-    ledger = await with_devices(tmp_path)
+    """A blob that rotted on disk makes no wrong version but trouble the operator hears of; once mended, the version comes."""
+    ledger = await with_devices(tmp_path, devices=3)
     await take(ledger, upload("d1", 0))
     body = upload("d2", 0)
     await take(ledger, body)
     sha256 = hashlib.sha256(body).hexdigest()
     (tmp_path / "blobs" / sha256).write_bytes(body[:-1])
-    with pytest.raises(DataError, match=f"blob {sha256} is missing or damaged"):
-        await work_through(ledger, 1)
+    await ledger.open()
+    maker = asyncio.create_task(ledger.make_versions())
+    await helpers.until(lambda: bool(ledger.trouble))
 
+    assert f"version 1 cannot be made: blob {sha256} is missing or damaged" in ledger.trouble
     assert ledger.state.version == 0
+    (tmp_path / "blobs" / sha256).write_bytes(body)
+    await take(ledger, upload("d3", 0))  # the next update wakes it
+    await helpers.until(lambda: ledger.state.version == 1 and not ledger.trouble)
+    maker.cancel()
+    await asyncio.wait([maker])
     ledger.close()
 
 
@@ -414,3 +421,28 @@ async def test_an_interleaved_run_equals_its_replay(tmp_path: Path) -> None:
     folded = helpers.fold(log, lambda event: helpers.delta(sent[event.id]), run)
     assert equal(adapter(tmp_path, ledger.state.adapter), folded)
     ledger.close()
+
+
+async def test_a_version_folder_torn_by_a_power_cut_is_mended(tmp_path: Path) -> None:
+    """The newest version's folder is made anew from the blob, which is what counts."""
+    await run_of(tmp_path, 1)
+    file = tmp_path / "versions" / "0001" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:10])
+    ledger = open_ledger(tmp_path)
+    await ledger.open()
+
+    assert file.read_bytes() == whole
+    ledger.close()
+
+
+async def test_a_run_keeps_its_id(tmp_path: Path) -> None:
+    """The same folder is the same run after a restart; another folder is another run, with the same settings too."""
+    first = open_ledger(tmp_path / "a")
+    run = first.manifest.run
+    first.close()
+    again, other = open_ledger(tmp_path / "a"), open_ledger(tmp_path / "b")
+
+    assert run == again.manifest.run != other.manifest.run
+    again.close()
+    other.close()

@@ -25,6 +25,7 @@ from edge_sdk.errors import Refused
 from edge_sdk.protocol import Ask, Enroll, Evaluation, Manifest, Message, Problem, Receipt, Train, Wait
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
+from edge_server import handlers
 from tests import factories
 from tests import server_helpers as helpers
 from tests.server_helpers import Running, running, settings, tensors, upload, with_message
@@ -558,3 +559,37 @@ async def test_messages_are_only_what_the_protocol_says(server: Running) -> None
     for answer, kind in answers:
         assert answer.content_type == JSON_TYPE
         assert isinstance(wire.decode(await answer.read(), kind), kind)
+
+
+async def test_trouble_with_a_version_is_told_to_whoever_watches(tmp_path: Path) -> None:
+    """While no version can be made, `/healthz` answers 503 with the reason, and updates are still taken; then all is well."""
+    async with helpers.running(tmp_path) as server:
+        await server.enroll("d1", "d2", "d3")
+        in_the_way = tmp_path / "versions" / "0001"
+        in_the_way.write_text("not a folder")
+        for device in ("d1", "d2"):
+            await server.send(helpers.upload(device, 0))
+        await helpers.until(lambda: bool(server.ledger.trouble))
+        answer = await server.client.get("/healthz")
+        assert answer.status == 503
+        assert "version 1 cannot be made" in await answer.text()
+
+        in_the_way.unlink()
+        await server.send(helpers.upload("d3", 0))
+        await server.reaches(1)
+        await helpers.until(lambda: not server.ledger.trouble)
+        assert (await server.client.get("/healthz")).status == 200
+
+
+async def test_a_body_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that stops in the middle of an upload is answered 408, and its half file is gone."""
+    monkeypatch.setattr(handlers, "BODY_SECONDS", 0.05)
+    async with helpers.running(tmp_path) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.client.port)
+        head = f"POST /v1/results HTTP/1.1\r\nHost: x\r\nContent-Type: {wire.TENSORS_TYPE}\r\nContent-Length: 100\r\n\r\n"
+        writer.write(head.encode() + b"abc")
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"too-slow" in answer
+        assert not list((tmp_path / "blobs").glob("incoming-*"))
+        writer.close()

@@ -346,3 +346,18 @@ async def until_killed(fleet: Fleet, server: Server, at: int, after: float) -> N
     asyncio.get_running_loop().call_later(after, server.process.kill)
     await devices
     server.process.wait()
+
+
+def test_a_second_server_on_the_same_folder_is_refused(site: Site) -> None:
+    """Two processes on one event log would tear the run apart; the second ends with exit code 2 and says why."""
+    with site.serve() as server:
+        second = subprocess.run(
+            [sys.executable, "-m", "edge_server.cli", *site.arguments("--port", "0")],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert second.returncode == 2
+        assert "another edge-server already uses" in second.stderr
+        assert server.process.poll() is None

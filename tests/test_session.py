@@ -108,6 +108,8 @@ def doing(action: Action) -> Session:
         (Send(), Delivered(), AskForWork()),
         (Send(), Rejected("too-stale"), Drop("too-stale")),
         (Drop("too-stale"), Woke(), AskForWork()),
+        (Drop("already-answered"), Woke(), AskForWork()),
+        (Drop("not-finite"), Woke(), Sleep(PAUSE_AFTER_FAILED_WORK)),
         (Sleep(1.0), Woke(), AskForWork()),
     ],
     ids=lambda value: type(value).__name__,

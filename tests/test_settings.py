@@ -136,7 +136,13 @@ def test_a_wrong_type_is_named(tmp_path: Path, section: str, key: str, value: st
         ("lpfl.training", "steps", "0"),
         ("lpfl.training", "learning_rate", "1.5"),
         ("lpfl.soft", "limit", "1.5"),
-        ("lpfl.soft", "growth", "0"),
+        ("lpfl.soft", "growth", "-1"),
+        ("lpfl.soft", "temperature", "inf"),
+        ("lpfl.soft", "weight", "inf"),
+        ("lpfl.training", "clip", "inf"),
+        ("lpfl.training", "steps", "1000000000"),
+        ("lpfl", "seed", "-5"),
+        ("task", "scale", "inf"),
     ],
 )
 def test_a_value_out_of_bounds_is_named(tmp_path: Path, section: str, key: str, value: str) -> None:

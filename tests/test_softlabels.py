@@ -52,9 +52,9 @@ def test_size_never_shrinks_nor_exceeds_the_limit(first: int, growth: int, limit
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"first": -1}, "first must not be negative"),
-        ({"growth": 0}, "growth and soft.batch_size"),
-        ({"batch_size": 0}, "growth and soft.batch_size"),
+        ({"first": -1}, "first and soft.growth must not be negative"),
+        ({"growth": -1}, "growth must not be negative"),
+        ({"batch_size": 0}, "batch_size between"),
         ({"limit": 0.0}, "limit must be in"),
         ({"limit": 1.01}, "limit must be in"),
         ({"temperature": 0.0}, "temperature"),

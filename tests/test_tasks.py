@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.errors import DataError, SettingsError
+from edge_sdk.errors import SettingsError
 from edge_sdk.tasks import Head, Task, accuracy, softmax
-from tests import factories, strategies
+from tests import strategies
 
 RIGHT: dict[str, Any] = {"labels": ("no", "yes"), "pattern": "{text} it was", "verbalizer": (("bad",), ("good",))}
 
@@ -54,15 +54,6 @@ def test_bounds_hold_for_decoded_tasks_too() -> None:
 
     with pytest.raises(SettingsError, match="exactly once"):
         msgspec.json.decode(body, type=Task)
-
-
-def test_a_label_has_the_index_of_its_place() -> None:
-    """Class indices follow the order of the labels; any other name is refused with the names there are."""
-    task = factories.ENCODER_TASK
-
-    assert [task.label_index(label) for label in task.labels] == [0, 1]
-    with pytest.raises(DataError, match="label 'great' is not one of this task's: negative, positive"):
-        task.label_index("great")
 
 
 def test_scores_are_scaled_products() -> None:

@@ -42,7 +42,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder(tokenizer: Path, pattern: str = "say : {text} it was", max_tokens: int = 64) -> PromptEncoder:
-    return PromptEncoder(tokenizer, [ID["[CLS]"]], [ID["[SEP]"]], task(pattern, max_tokens))
+    return PromptEncoder(tokenizer, [ID["[CLS]"]], [ID["[SEP]"]], 64, task(pattern, max_tokens))
 
 
 def test_a_prompt_is_the_text_inside_the_pattern(tokenizer: Path) -> None:
@@ -127,3 +127,13 @@ def test_batches_by_length_lose_nobody(rows: list[list[int]], batch_size: int) -
 def test_no_sequences_are_no_batches() -> None:
     """Nothing to batch gives no batch, not an empty one."""
     assert list(by_length([], 4)) == []
+
+
+def test_a_prompt_never_outgrows_the_model(tokenizer: Path) -> None:
+    """Text is cut to what the model can read with the pattern around it; a pattern that leaves no room is refused."""
+    long = "good " * 100
+    encoder = PromptEncoder(tokenizer, [1], [2], 10, task("the {text}", 64))
+
+    assert len(encoder.prompts([long])[0]) == 10
+    with pytest.raises(DataError, match="leaves no room"):
+        PromptEncoder(tokenizer, [1], [2], 3, task("the {text}", 64))

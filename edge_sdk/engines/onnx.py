@@ -39,7 +39,7 @@ class OnnxEngine:
         self._inputs = {i.name for i in self._session.get_inputs()}
         self._slots = {slot.a: slot for slot in bundle.slots}
         self._feeds: dict[str, NDArray[np.float32]] = {}
-        self.encoder = PromptEncoder(folder / "tokenizer.json", bundle.prefix, bundle.suffix, task)
+        self.encoder = PromptEncoder(folder / "tokenizer.json", bundle.prefix, bundle.suffix, bundle.positions, task)
         self.head = Head(self._rows(bundle, task), task.scale)
 
     def set_adapter(self, arrays: Arrays | None, spec: AdapterSpec) -> None:

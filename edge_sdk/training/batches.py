@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import msgspec
@@ -30,10 +31,10 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise SettingsError("training.steps and training.batch_size must be at least 1")
-        if not 0 < self.learning_rate <= 1 or not self.clip > 0:
-            raise SettingsError("training.learning_rate must be in (0, 1] and training.clip positive")
+        if not 1 <= self.steps <= 100_000 or not 1 <= self.batch_size <= 4096:
+            raise SettingsError("training.steps must be between 1 and 100000, training.batch_size between 1 and 4096")
+        if not 0 < self.learning_rate <= 1 or not 0 < self.clip < math.inf:
+            raise SettingsError("training.learning_rate must be in (0, 1], training.clip positive and finite")
         if not 0 <= self.dropout < 1:
             raise SettingsError("training.dropout must be in [0, 1)")
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, mismatch, shapes_of
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, mismatch, not_finite, shapes_of
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import DataError
 from edge_sdk.softlabels import SoftLabels, SoftSet
@@ -148,7 +148,10 @@ class Learner:
                 nn.utils.clip_grad_norm_(self._parameters.values(), training.clip)
                 optimizer.step()
                 total += loss
-        return {name: array.copy() for name, array in self.get().items()}, total / training.steps
+        trained = {name: array.copy() for name, array in self.get().items()}
+        if name := not_finite(trained):
+            raise DataError(f"training drove {name} to infinity; lower training.learning_rate")
+        return trained, total / training.steps
 
     @contextmanager
     def _dropout(self, share: float, seed: int) -> Iterator[None]:

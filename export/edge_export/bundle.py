@@ -30,8 +30,9 @@ def make(asset: Asset, kind: Kind, out: Path, slots: tuple[str, ...] = (), say: 
         say: told one line per stage.
 
     Raises:
-        AssetError: the model could not be had. DataError: its graph has no such layers.
+        AssetError: the model could not be had. DataError: its graph has no such layers, or `out` holds other files.
     """
+    _may_replace(out)
     source = resolve(asset)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
@@ -43,7 +44,7 @@ def make(asset: Asset, kind: Kind, out: Path, slots: tuple[str, ...] = (), say: 
         say("adding LoRA inputs and the readout")
         found = surgery.add_lora(model.graph, slots or SLOTS[kind])
         prefix, suffix = _frame(work / "plain", kind)
-        width = _width(work / "plain")
+        width, positions = _sizes(work / "plain")
         if kind == "decoder":
             surgery.decoder_readout(model.graph)
         else:
@@ -55,7 +56,18 @@ def make(asset: Asset, kind: Kind, out: Path, slots: tuple[str, ...] = (), say: 
         shutil.copyfile(work / "plain" / "tokenizer.json", staged / "tokenizer.json")
         files = {path.name: digest(path) for path in sorted(staged.iterdir())}
         bundle = Bundle(
-            SCHEMA, kind, asset.reference, asset.sha256, asset.license, parameters, width, prefix, suffix, found, files
+            SCHEMA,
+            kind,
+            _anywhere(asset.reference),
+            asset.sha256,
+            asset.license,
+            parameters,
+            width,
+            positions,
+            prefix,
+            suffix,
+            found,
+            files,
         )
         (staged / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(bundle), indent=1) + b"\n")
         if out.exists():
@@ -105,7 +117,20 @@ def _tokenizer(source: Path) -> Any:
     return auto.from_pretrained(source)
 
 
-def _width(plain: Path) -> int:
+def _sizes(plain: Path) -> tuple[int, int]:
+    """Width of a hidden state, and the longest sequence the model was made for."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(plain).hidden_size)
+    config = AutoConfig.from_pretrained(plain)
+    return int(config.hidden_size), int(config.max_position_embeddings)
+
+
+def _anywhere(reference: str) -> str:
+    """A reference that does not depend on the folder one is in; a local path still names this machine only."""
+    return reference if reference.startswith(("pypi:", "hf:")) else str(Path(reference).expanduser().resolve())
+
+
+def _may_replace(out: Path) -> None:
+    """Raises: DataError: `out` holds something that is not a bundle."""
+    if out.is_dir() and any(out.iterdir()) and not (out / NAME).exists():
+        raise DataError(f"{out} holds other files; choose a new or an empty folder")

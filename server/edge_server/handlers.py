@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem
 from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, check_result, decode, encode
 from edge_server.ledger import Ledger
 
+BODY_SECONDS = 600.0  # a slow line may take its time, a silent one may not hold a file for ever
 LEDGER = web.AppKey("ledger", Ledger)
 log = logging.getLogger(__name__)
 routes = web.RouteTableDef()
@@ -66,8 +68,9 @@ async def status(request: web.Request) -> web.Response:
 
 
 @routes.get("/healthz")
-async def healthz(_: web.Request) -> web.Response:
-    return web.Response(text="ok\n")
+async def healthz(request: web.Request) -> web.Response:
+    trouble = request.app[LEDGER].trouble
+    return web.Response(text=f"{trouble or 'ok'}\n", status=503 if trouble else 200)
 
 
 @web.middleware
@@ -77,6 +80,10 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
         return await handler(request)
     except WireError as error:
         return _problem(error.status, error.code, error.detail)
+    except TimeoutError:
+        answer = _problem(408, "too-slow", f"the body did not arrive within {BODY_SECONDS:.0f} seconds; send it again")
+        answer.force_close()
+        return answer
     except web.HTTPException as error:
         if error.status < 400:
             raise
@@ -98,10 +105,11 @@ async def _body(request: web.Request) -> bytes:
     if request.content_length is not None and request.content_length > MAX_JSON:
         raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
     body = bytearray()
-    async for chunk in request.content.iter_chunked(1 << 16):
-        body += chunk
-        if len(body) > MAX_JSON:
-            raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
+    async with asyncio.timeout(BODY_SECONDS):
+        async for chunk in request.content.iter_chunked(1 << 16):
+            body += chunk
+            if len(body) > MAX_JSON:
+                raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
     return bytes(body)
 
 
@@ -111,12 +119,13 @@ async def _stream(request: web.Request, to: Path, limit: int) -> str:
         raise WireError("too-large", f"an update may have {limit} bytes, this one claims {request.content_length}", 413)
     received, digest = 0, hashlib.sha256()
     with to.open("wb") as file:
-        async for chunk in request.content.iter_chunked(1 << 18):
-            received += len(chunk)
-            if received > limit:
-                raise WireError("too-large", f"an update may have {limit} bytes", 413)
-            digest.update(chunk)
-            file.write(chunk)
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.content.iter_chunked(1 << 18):
+                received += len(chunk)
+                if received > limit:
+                    raise WireError("too-large", f"an update may have {limit} bytes", 413)
+                digest.update(chunk)
+                file.write(chunk)
     return digest.hexdigest()
 
 

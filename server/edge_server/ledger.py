@@ -7,13 +7,17 @@ handlers -> ledger -> systems/lpfl.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Callable
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from edge_sdk import wire
+from edge_sdk import files, wire
 from edge_sdk.adapters import Array, write_peft
 from edge_sdk.errors import SettingsError
 from edge_sdk.protocol import PROTOCOL, Evaluation, Manifest, Receipt, Status, Work
@@ -23,6 +27,9 @@ from edge_server.coordinator import Buffered, Event, Published, State
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
 from edge_server.systems import lpfl
+
+RETRY_SECONDS = 60.0
+log = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -35,35 +42,39 @@ class Ledger:
         say: told one line per version.
 
     Raises:
-        SettingsError: the folder belongs to another run.
+        SettingsError: the folder belongs to another run, or another server uses it.
     """
 
     def __init__(self, settings: RunSettings, manifest: Manifest, data: Path, say: Callable[[str], None] = print) -> None:
-        _same_run(data / "run.json", settings, manifest)
-        self.manifest = manifest
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(files.held(data, "edge-server"))
+        self.manifest = msgspec.structs.replace(manifest, run=_run_of(data / "run.json", settings, manifest))
         self.blobs = Blobs(data / "blobs")
         self._settings = settings
         self._data = data
         self._say = say
         self._shapes = manifest.adapter.shapes()
         self.body_limit = wire.size_limit(self._shapes)
-        self._log = EventLog(data / "events.sqlite")
+        self._log = self._open.enter_context(contextlib.closing(EventLog(data / "events.sqlite")))
         events = (msgspec.json.decode(body, type=Event) for body in self._log.read())
         self.state: State = functools.reduce(coordinator.apply, events, State())
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self.trouble = ""  # why no version is being made, for the operator
 
     async def open(self) -> None:
-        """Publishes version 0 on a fresh folder."""
+        """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it."""
         if self.state.version < 0:
             await asyncio.to_thread(self._publish_files, 0, lpfl.start(self._settings.lpfl, self.manifest.adapter))
             blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(0))
             async with self._lock:
                 await self._record(Published(0, blob, 0))
+        else:
+            await asyncio.to_thread(self._mend_version)
         self._wake.set()
 
     def close(self) -> None:
-        self._log.close()
+        self._open.close()
 
     async def enroll(self, device: str, name: str) -> Manifest:
         async with self._lock:
@@ -103,18 +114,31 @@ class Ledger:
         return self.state.receipts[id]
 
     async def make_versions(self) -> None:
-        """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted."""
+        """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted.
+
+        What fails (a full disk, a lost blob) is said, told to `/healthz`, and tried again a minute later or with the next
+        update.
+        """
         while True:
-            await self._wake.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS if self.trouble else None)
             self._wake.clear()
-            while batch := lpfl.due(self._settings.lpfl, self.state):
-                version = self.state.version + 1
-                await asyncio.to_thread(self._aggregate, version, self.state.adapter, batch)
-                blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
-                async with self._lock:
-                    await self._record(Published(version, blob, len(batch)))
-                staleness = ", ".join(str(b.staleness) for b in batch)
-                self._say(f"version {version} from {len(batch)} updates (staleness {staleness})")
+            try:
+                while batch := lpfl.due(self._settings.lpfl, self.state):
+                    await self._make_version(batch)
+                self.trouble = ""
+            except Exception as error:
+                self.trouble = f"version {self.state.version + 1} cannot be made: {error}"
+                log.exception("%s; trying again", self.trouble)
+
+    async def _make_version(self, batch: tuple[Buffered, ...]) -> None:
+        version = self.state.version + 1
+        await asyncio.to_thread(self._aggregate, version, self.state.adapter, batch)
+        blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
+        async with self._lock:
+            await self._record(Published(version, blob, len(batch)))
+        staleness = ", ".join(str(b.staleness) for b in batch)
+        self._say(f"version {version} from {len(batch)} updates (staleness {staleness})")
 
     def status(self) -> Status:
         done = lpfl.finished(self._settings.lpfl, self.state)
@@ -142,6 +166,13 @@ class Ledger:
         """Every version is a folder that PEFT can load."""
         write_peft(self._version_folder(version), arrays, self.manifest.adapter, self.manifest.bundle.base)
 
+    def _mend_version(self) -> None:
+        body = self.blobs.get(self.state.adapter)
+        with contextlib.suppress(OSError):
+            if self._version_bytes(self.state.version) == body:
+                return
+        self._publish_files(self.state.version, wire.unpack_adapter(body, self._shapes))
+
     def _version_bytes(self, version: int) -> bytes:
         return (self._version_folder(version) / "adapter_model.safetensors").read_bytes()
 
@@ -149,13 +180,30 @@ class Ledger:
         return self._data / "versions" / f"{version:04d}"
 
 
-def _same_run(path: Path, settings: RunSettings, manifest: Manifest) -> None:
-    now = msgspec.json.format(msgspec.json.encode({"settings": settings, "manifest": manifest, "protocol": PROTOCOL}), indent=1)
+def _run_of(path: Path, settings: RunSettings, manifest: Manifest) -> str:
+    """The run's id: made with the folder, and only for these settings and this bundle."""
+    now = json.loads(msgspec.json.encode({"settings": settings, "manifest": manifest, "protocol": PROTOCOL}))
     if path.exists():
-        if path.read_bytes() != now:
-            raise SettingsError(f"{path.parent} holds a run with other settings or another bundle; use another --data folder")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_bytes(now)
-    aside.replace(path)
+        try:
+            known = json.loads(path.read_bytes())
+            run = str(known.pop("run"))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise SettingsError(f"{path} is damaged ({error}); restore it, or use another --data folder") from error
+        if different := list(_differences(now, known)):
+            some = ", ".join(different[:3])
+            raise SettingsError(
+                f"{path.parent} holds a run with other settings or another bundle ({some}); use another --data folder"
+            )
+        return run
+    run = uuid.uuid4().hex
+    files.write(path, json.dumps({"run": run, **now}, indent=1).encode())
+    return run
+
+
+def _differences(a: object, b: object, path: str = "") -> Iterator[str]:
+    """Dotted names of what differs between two JSON values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted(a.keys() | b.keys()):
+            yield from _differences(a.get(name), b.get(name), f"{path}.{name}" if path else name)
+    elif a != b:
+        yield path

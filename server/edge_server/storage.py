@@ -15,6 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from edge_sdk import files
 from edge_sdk.errors import DataError
 
 _METADATA = sa.MetaData()
@@ -81,7 +82,7 @@ class Blobs:
         with incoming.open("rb") as file:
             os.fsync(file.fileno())
         incoming.replace(self._folder / sha256)
-        _sync_folder(self._folder)
+        files.sync_folder(self._folder)
 
     def put(self, body: bytes) -> str:
         """Keeps bytes and returns their sha256."""
@@ -110,11 +111,3 @@ class Blobs:
         if body is None or hashlib.sha256(body).hexdigest() != sha256:
             raise DataError(f"blob {sha256} is missing or damaged; restore {self._folder} from a backup")
         return body
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -37,7 +37,7 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         wait_seconds: how long an idle device waits before it asks again.
         evaluate_every: devices measure every n-th version, the first and the last; 0 for the last only.
         training: the device's steps.
-        soft: how soft labels are used; None for federated learning on real labels alone.
+        soft: how soft labels are used; growth 0 (or None, in Python) for federated learning on real labels alone.
         seed: of the first adapter and of the order of examples.
     """
 
@@ -55,8 +55,8 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.versions < 1 or self.buffer_size < 1 or self.max_examples < 1:
             raise SettingsError("lpfl.versions, lpfl.buffer_size and lpfl.max_examples must be at least 1")
-        if self.max_staleness < 0 or self.evaluate_every < 0:
-            raise SettingsError("lpfl.max_staleness and lpfl.evaluate_every must not be negative")
+        if self.max_staleness < 0 or self.evaluate_every < 0 or self.seed < 0:
+            raise SettingsError("lpfl.max_staleness, lpfl.evaluate_every and lpfl.seed must not be negative")
         if not 0 < self.wait_seconds < math.inf or not 0 < self.server_lr < math.inf:
             raise SettingsError("lpfl.wait_seconds and lpfl.server_lr must be positive and finite")
 

@@ -1,0 +1,47 @@
+"""Files that are whole or not there: written aside, synced, renamed; and folders that one process holds."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edge_sdk.errors import SettingsError
+
+
+def write(path: Path, body: bytes) -> None:
+    """Makes `body` the content of `path`; after a power cut the file has its old content or this one."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as file:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the folder's list of names is on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Holds `folder` for this process; the lock goes when the process ends, however it ends.
+
+    Raises:
+        SettingsError: another process holds it; `what` names its program.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(f"another {what} already uses {folder}; stop it, or choose another folder") from error
+        yield

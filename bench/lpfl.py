@@ -137,8 +137,11 @@ def run_all(cells: Sequence[Cell], workers: int = 2) -> list[dict[str, Any]]:
         jobs = {pool.submit(measure, cell): i for i, cell in enumerate(cells)}
         rows: dict[int, dict[str, Any]] = {}
         for job in as_completed(jobs):
-            rows[jobs[job]] = job.result()
+            rows[jobs[job]] = row = job.result()
             progress.advance(bar)
+            if not progress.console.is_terminal:
+                where = f"{row['slm']} {row['split']} {row['labels']} labels seed {row['seed']} {row['method']}"
+                print(f"{len(rows)} of {len(cells)}: {where}: {row['accuracy']:.3f} in {row['seconds']:.0f} s", flush=True)
     return [rows[i] for i in range(len(cells))]
 
 

@@ -157,6 +157,33 @@ def test_importing_the_sdk_is_cheap() -> None:
     assert statistics.median(seconds for seconds, _ in runs) < 0.3
 
 
+WITHOUT_EXTRAS = """
+import contextlib, io, json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "peft", "onnx", "optimum", "sqlalchemy"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import edge_export.cli, edge_server.cli
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    codes = [edge_export.cli.main(["bundle", "minilm", "-o", "none"]),
+             edge_server.cli.main(["serve", "--config", CONFIG, "--bundle", "none", "--data", "none"])]
+print(json.dumps([codes, said.getvalue().splitlines()]))
+"""
+
+
+def test_a_missing_extra_is_named() -> None:
+    """Without what an extra brings, the two programs end with the command that installs it."""
+    codes, said = python(WITHOUT_EXTRAS.replace("CONFIG", repr(str(ROOT / "examples/minilm.toml"))))
+
+    assert codes == [1, 1]
+    assert "pip install 'tandem-edge[export]'" in said[0]
+    assert "pip install 'tandem-edge[server]'" in said[1]
+
+
 BLOCKED = """
 import json, sys
 

@@ -61,8 +61,8 @@ class Learner:
     def load(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, spec: AdapterSpec, threads: int) -> Learner:
         """The bundle's original weights with LoRA, ready to train in this process.
 
-        Sets torch's threads, and lets it multiply in bfloat16 where the processor can: a third less time for a step, the
-        same accuracy (docs/LOG.md). What a device labels and measures with is the engine, not this.
+        Sets torch's threads, and lets it take oneDNN's matrix kernels, which may round to bfloat16 on processors made for
+        it: a third less time for a step, the same accuracy (docs/LOG.md). A device labels and measures with the engine.
         """
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("medium")

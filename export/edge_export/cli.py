@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             asset = MODELS.get(args.model) or Asset(args.model, args.sha256, args.license)
             bundle = make_bundle(asset, kind, args.out, tuple(args.slots), lambda line: print(line, file=sys.stderr))
+    except ModuleNotFoundError as error:
+        print(f"edge-export: {error.name} is not installed; run: pip install 'tandem-edge[export]'", file=sys.stderr)
+        return 1
     except EdgeError as error:
         print(f"edge-export: {error}", file=sys.stderr)
         return 1

@@ -17,8 +17,6 @@ from edge_sdk.errors import EdgeError, SettingsError
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import encode
 from edge_server import settings as run_settings
-from edge_server.app import create_app
-from edge_server.ledger import Ledger
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
             asyncio.run(_serve(args))
         else:
             asyncio.run(_status(args))
+    except ModuleNotFoundError as error:
+        print(f"edge-server: {error.name} is not installed; run: pip install 'tandem-edge[server]'", file=sys.stderr)
+        return 1
     except SettingsError as error:
         print(f"edge-server: {error}", file=sys.stderr)
         return 2
@@ -56,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> None:
+    from edge_server.app import create_app  # here, so that `status` needs no SQLAlchemy
+    from edge_server.ledger import Ledger
+
     if not args.trust_network and not _is_local(args.host):
         raise SettingsError(
             f"{args.host} is reachable from other machines and devices are not authenticated yet; --trust-network does it"

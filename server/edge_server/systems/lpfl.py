@@ -30,7 +30,8 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         versions: how many versions are made before the run is finished.
-        buffer_size: updates that make a version (FedBuff's K); all devices for synchronous FedAvg.
+        buffer_size: updates that make a version (FedBuff's K); all devices for synchronous FedAvg. A device answers a
+            version once, so with fewer devices than this no version is ever made: count those that may stay away.
         max_staleness: versions an update's base may lie behind before it is refused.
         server_lr: step along the mean update.
         max_examples: an update counts for at most this many examples, whatever it claims.

@@ -26,13 +26,14 @@ import msgspec
 from rich.console import Console
 from rich.live import Live
 
-from bench import fleet
+from bench import fleet, lpfl
 from edge_sdk.assets import resolve
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol import Status
 from edge_sdk.store import Store
 from edge_sdk.tasks import Private
 from edge_server import settings as run_settings
+from edge_server.systems.lpfl import LpFl
 from examples import icwsm, report
 
 LABELLED, UNLABELLED, HELD_OUT = 16, 240, 300
@@ -90,7 +91,8 @@ def run(slm: str, out: Path, seed: int, console: Console) -> None:
     with processes() as started_processes:
         server, address = start_server(config, bundle, out, started_processes)
         with console.status("local-only baselines: each device trains on its own labels"):
-            alone = baselines(homes, address, settings, out, started_processes)
+            own = lpfl.settings_of(lpfl.Cell(slm, "by-domain", LABELLED, seed, "local_only"), settings.lpfl)
+            alone = baselines(homes, address, own, out, started_processes)
         devices = [start_agent(name, home, address, out, started_processes) for name, home in homes.items()]
         status = watch(address, devices, server, out, settings.lpfl.versions, console)
     seconds = time.monotonic() - started
@@ -167,12 +169,10 @@ def start_agent(name: str, home: Path, address: str, out: Path, running: Running
     return Device(name, home, start(arguments, log, running), log)
 
 
-def baselines(
-    homes: dict[str, Path], address: str, settings: run_settings.RunSettings, out: Path, running: Running
-) -> dict[str, float]:
-    """Accuracy of each device learning alone, with as many steps as it has in the federation."""
-    training = settings.lpfl.training
-    options = ["--steps", settings.lpfl.versions * training.steps, "--batch-size", training.batch_size]
+def baselines(homes: dict[str, Path], address: str, settings: LpFl, out: Path, running: Running) -> dict[str, float]:
+    """Accuracy of each device learning alone, with as many steps as it has in the federation and its own best settings."""
+    training = settings.training
+    options = ["--steps", settings.versions * training.steps, "--batch-size", training.batch_size]
     options += ["--learning-rate", training.learning_rate, "--dropout", training.dropout]
     logs = {name: out / "logs" / f"{name}-baseline.log" for name in homes}
     waiting, working = list(homes), dict[str, subprocess.Popen[bytes]]()

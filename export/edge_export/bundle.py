@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,13 @@ def _export(plain: Path, kind: Kind, folder: Path) -> onnx.ModelProto:
         from optimum.exporters.onnx import main_export
     except ImportError as error:
         raise AssetError("exporting needs the export extra: pip install 'tandem-edge[export]'") from error
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of is optimum's to mend
     task = "text-generation" if kind == "decoder" else "feature-extraction"
-    main_export(str(plain), output=folder, task=task, do_validation=False, library_name="transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's constants are constants; tests compare the graph with torch
+        main_export(str(plain), output=folder, task=task, do_validation=False, library_name="transformers")
     return onnx.load(folder / "model.onnx")
 
 

@@ -45,9 +45,11 @@ def _parser() -> argparse.ArgumentParser:
 
     def with_server(made: argparse.ArgumentParser) -> None:
         made.add_argument("--server", required=True, help="URL, e.g. http://127.0.0.1:8440")
-        made.add_argument("--name", default=os.uname().nodename[:64] or "device", help="shown to the operator")
-        made.add_argument("--threads", type=int, default=1, help="for inference and training")
-        made.add_argument("--cache", type=Path, default=cache_folder(), help="folder for model files")
+        made.add_argument(
+            "--name", default=os.uname().nodename[:64] or "device", help="shown to the operator (default: %(default)s)"
+        )
+        made.add_argument("--threads", type=int, default=1, help="for inference and training (default: %(default)s)")
+        made.add_argument("--cache", type=Path, default=cache_folder(), help="folder for model files (default: %(default)s)")
 
     add = verb("add", _add, "keep private examples from JSON lines: text, and label, truth, held_out where known")
     add.add_argument("files", type=Path, nargs="+")

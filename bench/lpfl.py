@@ -160,7 +160,7 @@ def upload_fraction(slm: str) -> dict[str, float]:
 def run(full: bool) -> Result:
     """MiniLM in every setting with 3 seeds; SmolLM2 by domain with 16 labels and one seed, with `full` in every setting.
 
-    About 23 minutes on two cores, `full` takes 48 and counts on more test texts.
+    24 minutes on two cores, `full` takes 48 and counts on more test texts.
     """
     settings = list(itertools.product(SPLITS, (16, 64)))
     plan = {

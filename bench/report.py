@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -48,7 +49,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def show(result: Result, out: Path | None) -> None:
     """Prints the table and writes `{"bench", "machine", "rows", "summary"}`."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a file has no width
     console.print(result.table)
     for note in result.notes:
         console.print(note)

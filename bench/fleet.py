@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from edge_sdk import bundle as bundles
 from edge_sdk import verbs
-from edge_sdk.adapters import AdapterSpec, Array, Arrays
+from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays
 from edge_sdk.assets import MODELS, cache_folder, resolve
-from edge_sdk.engines import Engine
-from edge_sdk.engines.onnx import OnnxEngine
+from edge_sdk.engines import Engine, Scorer, open_engine
 from edge_sdk.tasks import Example, Private
 from edge_sdk.training import base
 from edge_sdk.training.learner import Learner
@@ -34,13 +33,13 @@ Split = Literal["iid", "by-domain"]
 CONFIGS = Path(__file__).parent.parent / "examples"
 
 
-def bundle_of(slm: str) -> Path:
+def bundle_of(slm: str, variants: tuple[str, ...] = ("int8", "fp32")) -> Path:
     """The exported bundle of a named model, made on first use and cached."""
-    folder = cache_folder() / "exports" / f"{slm}-{bundles.SCHEMA}"
+    folder = cache_folder() / "exports" / f"{slm}-{bundles.SCHEMA}-{'-'.join(variants)}"
     if not (folder / bundles.NAME).exists():
-        from edge_export.bundle import make
+        from edge_export.bundle import Recipe, make
 
-        make(MODELS[slm], "encoder" if slm == "minilm" else "decoder", folder)
+        make(MODELS[slm], folder, Recipe(variants))
     return folder
 
 
@@ -51,7 +50,7 @@ class Lab:
     settings: run_settings.RunSettings
     spec: AdapterSpec
     parameters: int
-    engine: OnnxEngine
+    engine: Engine
     lora: Learner
     folder: Path
 
@@ -68,11 +67,11 @@ class TorchEngine:
 
     learner: Learner
 
-    def set_adapter(self, arrays: Arrays | None, spec: AdapterSpec) -> None:
-        if arrays is not None:
-            self.learner.set(arrays)
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        if adapter is not None:
+            self.learner.set(adapter.arrays)
 
-    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return self.learner.scores(texts)
 
 
@@ -83,7 +82,7 @@ def lab(slm: str, threads: int = 1) -> Lab:
     folder = bundle_of(slm)
     bundle = bundles.read(folder)
     manifest = run_settings.manifest(settings, bundle)
-    engine = OnnxEngine(folder, bundle, settings.task, threads)
+    engine = open_engine(folder, bundle, settings.task, "fp32", threads)
     learner = Learner.load(bundle, engine.head, engine.encoder, manifest.adapter, threads)
     return Lab(settings, manifest.adapter, bundle.parameters, engine, learner, folder)
 
@@ -126,7 +125,7 @@ def federate(
     start: Arrays,
     spec: AdapterSpec,
     settings: lpfl.LpFl,
-    engine: Engine,
+    engine: Scorer,
     trainer: verbs.Trainer,
 ) -> Arrays:
     """Synchronous rounds of a whole fleet; with one device, training alone."""
@@ -141,7 +140,7 @@ def federate(
     return adapter
 
 
-def accuracies(adapter: Arrays, spec: AdapterSpec, fleet: Sequence[Private], engine: Engine) -> list[float]:
+def accuracies(adapter: Arrays, spec: AdapterSpec, fleet: Sequence[Private], engine: Scorer) -> list[float]:
     """Each device's accuracy on its held-out text."""
     return [verbs.evaluate(adapter, spec, private, engine)[1]["accuracy"] for private in fleet]
 

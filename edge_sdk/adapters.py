@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -71,6 +71,13 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             arrays[slot.a] = rng.uniform(-bound, bound, (self.rank, slot.in_features)).astype(np.float32)
             arrays[slot.b] = np.zeros((slot.out_features, self.rank), np.float32)
         return arrays
+
+
+class Adapter(NamedTuple):
+    """Arrays and what they are; what an engine wears."""
+
+    arrays: Arrays
+    spec: AdapterSpec
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -154,7 +161,7 @@ def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> No
 _PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def read_peft(folder: Path, slots: Iterable[Slot]) -> tuple[dict[str, Array], AdapterSpec]:
+def read_peft(folder: Path, slots: Iterable[Slot]) -> Adapter:
     """Reads a PEFT LoRA directory and checks it against the slots of a base model.
 
     Raises:
@@ -174,4 +181,4 @@ def read_peft(folder: Path, slots: Iterable[Slot]) -> tuple[dict[str, Array], Ad
     spec = AdapterSpec(slots=used, rank=rank, alpha=alpha)
     if problem := mismatch(shapes_of(arrays), spec.shapes()):
         raise DataError(f"{folder} does not fit this base model: {problem}")
-    return arrays, spec
+    return Adapter(arrays, spec)

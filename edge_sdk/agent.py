@@ -22,6 +22,7 @@ import msgspec
 from edge_sdk import bundle as bundles
 from edge_sdk import files, session, verbs, wire
 from edge_sdk.adapters import Array, Arrays
+from edge_sdk.engines import open_engine
 from edge_sdk.errors import AssetError, DataError, Refused, SettingsError, Unreachable, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
 from edge_sdk.session import Action, Event, Session
@@ -40,15 +41,14 @@ class Models:
     Args:
         folder: verified bundle.
         manifest: task and adapter slots.
-        threads: for ONNX Runtime and torch each.
+        variant: of the bundle; "" for the recommended one.
+        threads: for the engine and torch each.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
-        from edge_sdk.engines.onnx import OnnxEngine
-
+    def __init__(self, folder: Path, manifest: Manifest, variant: str, threads: int) -> None:
         self.manifest = manifest
         self._threads = threads
-        self.engine = OnnxEngine(folder, manifest.bundle, manifest.task, threads)
+        self.engine = open_engine(folder, manifest.bundle, manifest.task, variant, threads)
 
     @cached_property
     def trainer(self) -> verbs.Trainer:
@@ -74,6 +74,7 @@ class Agent:
         cache: folder for bundles, shared by the agents of one machine.
         name: shown to the operator.
         threads: for inference and training.
+        variant: of the bundle; "" for the recommended one.
         say: told one line per thing done.
         sleep: waits that many seconds.
     """
@@ -85,6 +86,7 @@ class Agent:
         cache: Path,
         name: str,
         threads: int = 1,
+        variant: str = "",
         say: Callable[[str], None] = print,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -93,6 +95,7 @@ class Agent:
         self._cache = cache
         self._name = name
         self._threads = threads
+        self._variant = variant
         self._say = say
         self._sleep = sleep
         self._manifest: Manifest | None = None
@@ -127,7 +130,7 @@ class Agent:
         if self._models is None:
             manifest = await self._enroll()
             folder = await self._bundle(manifest)
-            self._models = await asyncio.to_thread(Models, folder, manifest, self._threads)
+            self._models = await asyncio.to_thread(Models, folder, manifest, self._variant, self._threads)
         return self._models
 
     async def _carry_out(self, action: Action) -> Event:
@@ -230,12 +233,12 @@ class Agent:
         return self._manifest
 
     async def _bundle(self, manifest: Manifest) -> Path:
-        """The verified bundle folder, downloaded on first use and resumed where it stopped."""
+        """The bundle folder with the files this device needs, verified; downloaded on first use, resumed where it stopped."""
         folder = bundle_folder(self._cache, manifest)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:  # agents of one machine share the cache; the first one fetches
             await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
-            for name, file in manifest.bundle.files.items():
+            for name, file in manifest.bundle.needs(self._variant).items():
                 if not await asyncio.to_thread(bundles.intact, folder / name, file):
                     self._say(f"fetching {name} ({file.size / 1e6:.0f} MB)")
                     await self._api.blob(file, folder / name)

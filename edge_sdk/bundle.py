@@ -1,21 +1,26 @@
 """A bundle: one folder with everything a device needs to run a model, described by its `bundle.json`.
 
-`edge_export` writes bundles, devices download and verify them. Quantized variants get their own file names in `files`.
+`edge_export` writes bundles, devices download and verify them. A bundle holds one or more variants of the same model (int8
+for ONNX Runtime, q8_0 for llama.cpp, ...); a device fetches the tokenizer and the one variant it runs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from edge_sdk.adapters import Slot
 from edge_sdk.errors import AssetError, SettingsError
-from edge_sdk.tasks import Kind
+from edge_sdk.tasks import Kind, Task
 
-SCHEMA = 2
+SCHEMA = 3
 NAME = "bundle.json"
+TOKENIZER = "tokenizer.json"
+Runtime = Literal["onnxruntime", "llama.cpp"]
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -23,6 +28,26 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     sha256: str
     size: int
+
+
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file that runs the model.
+
+    Args:
+        name: `int8`, `fp32`, `q8_0`, ...
+        runtime: what runs it.
+        minimum: oldest version of the runtime that can; for llama.cpp that of llama-cpp-python.
+        file: its name in the bundle.
+        r: Pearson correlation of its class scores with those of the fp32 model, on the exporter's probe set.
+        kl: mean KL divergence of its class probabilities from fp32's, in nats.
+    """
+
+    name: str
+    runtime: Runtime
+    minimum: str
+    file: str
+    r: float
+    kl: float
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,9 +61,15 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         license: SPDX identifier of the base, or `unknown`.
         parameters: how many weights the base has; uploads are compared with it.
         width: length of a readout.
+        layers: how many transformer layers the base has.
+        split: the layers from this one on are what split training trains; what enters it is the graph's output `hidden`.
         positions: longest sequence the base can read, in tokens.
         prefix: token ids that start every sequence; suffix: those that end it.
         slots: linear layers that can carry LoRA.
+        task: what the bundle answers unless a server says otherwise.
+        end: token ids that end a generated text.
+        label_ids: decoder: token ids of each class's label word, as this tokenizer has them; empty for an encoder.
+        variants: what can run, the recommended one first.
         files: name -> size and hash of every other file of the folder.
     """
 
@@ -49,10 +80,16 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     license: str
     parameters: int
     width: int
+    layers: int
+    split: int
     positions: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
+    end: tuple[int, ...]
     slots: tuple[Slot, ...]
+    task: Task
+    label_ids: tuple[tuple[int, ...], ...]
+    variants: tuple[Variant, ...]
     files: dict[str, File]
 
     def __post_init__(self) -> None:
@@ -61,6 +98,26 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in self.files:
             if name != Path(name).name or name in ("", ".", "..", NAME):
                 raise SettingsError(f"bundle file name {name!r} must be a plain file name")
+        for variant in self.variants:
+            if variant.file not in self.files:
+                raise SettingsError(f"variant {variant.name!r} names {variant.file!r}, which is not a file of the bundle")
+
+    def variant(self, name: str = "") -> Variant:
+        """The variant of that name, the recommended one where none is given.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        for variant in self.variants:
+            if name in ("", variant.name):
+                return variant
+        known = ", ".join(v.name for v in self.variants) or "none"
+        raise SettingsError(f"the bundle has no variant {name!r}; it has: {known}")
+
+    def needs(self, name: str = "") -> dict[str, File]:
+        """The files a device needs to run a variant."""
+        wanted = (TOKENIZER, self.variant(name).file)
+        return {file: self.files[file] for file in wanted}
 
     def pick(self, modules: tuple[str, ...], top_layers: int = 0) -> tuple[Slot, ...]:
         """The slots whose module ends in one of `modules` ("q_proj", "self.query"), all slots where none is named.
@@ -101,9 +158,9 @@ def digest(path: Path) -> File:
         return File(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
 
 
-def verify(folder: Path, bundle: Bundle) -> None:
+def verify(folder: Path, files: dict[str, File]) -> None:
     """Raises: AssetError: a file is missing, truncated or changed."""
-    for name, expected in bundle.files.items():
+    for name, expected in files.items():
         if not intact(folder / name, expected):
             raise AssetError(f"{folder / name} is missing or damaged; delete {folder} and fetch it again")
 
@@ -111,3 +168,12 @@ def verify(folder: Path, bundle: Bundle) -> None:
 def intact(path: Path, expected: File) -> bool:
     """Whether a file is there, whole and unchanged."""
     return path.is_file() and path.stat().st_size == expected.size and digest(path) == expected
+
+
+def older(version: str, minimum: str) -> bool:
+    """Whether version numbers such as `1.22.1` come before `1.23`."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text)[:3]]
+
+    return numbers(version) < numbers(minimum)

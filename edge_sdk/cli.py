@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
             "--name", default=os.uname().nodename[:64] or "device", help="shown to the operator (default: %(default)s)"
         )
         made.add_argument("--threads", type=int, default=1, help="for inference and training (default: %(default)s)")
+        made.add_argument("--variant", default="", help="of the bundle: int8, q8_0, ... (default: the one it recommends)")
         made.add_argument("--cache", type=Path, default=cache_folder(), help="folder for model files (default: %(default)s)")
 
     add = verb("add", _add, "keep private examples from JSON lines: text, and label, truth, held_out where known")
@@ -129,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
 
     async def run() -> int | None:
         async with HttpTransport(args.server) as transport:
-            agent = Agent(Store(args.home), transport, args.cache, args.name, args.threads, _say)
+            agent = Agent(Store(args.home), transport, args.cache, args.name, args.threads, args.variant, _say)
             task = asyncio.ensure_future(agent.run())
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop, number, task)
@@ -161,7 +162,7 @@ def _baseline(args: argparse.Namespace) -> int:
 
     async def run() -> dict[str, float]:
         async with HttpTransport(args.server) as transport:
-            agent = Agent(store, transport, args.cache, args.name, args.threads, lambda line: print(line, file=sys.stderr))
+            agent = Agent(store, transport, args.cache, args.name, args.threads, args.variant, _complain)
             models = await agent.models()
         manifest = models.manifest
         private = store.private(manifest.task.labels)
@@ -186,6 +187,10 @@ def _predict(args: argparse.Namespace) -> int:
         else:
             print(f"{prediction.label} ({prediction.probabilities[prediction.label]:.2f}): {prediction.text}")
     return 0
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _say(line: str) -> None:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_sdk import bundle as bundles
+from edge_sdk.adapters import Adapter
 from edge_sdk.assets import cache_folder
 from edge_sdk.engines import Engine
 from edge_sdk.errors import AssetError, DataError, Unreachable
 from edge_sdk.protocol import Manifest
 from edge_sdk.store import Store
-from edge_sdk.tasks import softmax
 
 if TYPE_CHECKING:  # they bring aiohttp, which only a call needs
     from edge_sdk.agent import Agent, Models
@@ -49,6 +49,7 @@ class EdgeDevice:
         server: URL; only needed to learn, and for the first prediction.
         name: shown to the server's operator.
         threads: for inference and training.
+        variant: which of the bundle's variants to run (`int8`, `q8_0`, ...); "" for the recommended one.
         cache: folder for model files; the user's cache by default.
         say: told one line per thing done; prints to stderr by default.
     """
@@ -59,6 +60,7 @@ class EdgeDevice:
         server: str | None = None,
         name: str = "device",
         threads: int = 1,
+        variant: str = "",
         cache: Path | None = None,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
@@ -66,6 +68,7 @@ class EdgeDevice:
         self._server = server
         self._name = name
         self._threads = threads
+        self._variant = variant
         self._cache = cache or cache_folder()
         self._say = say
         self._engine: tuple[Manifest, Engine] | None = None
@@ -112,9 +115,10 @@ class EdgeDevice:
         if self._engine is None:
             self._engine = self._load()
         manifest, engine = self._engine
-        engine.set_adapter(kept_adapter(self._store, manifest), manifest.adapter)
+        kept = kept_adapter(self._store, manifest)
+        engine.set_adapter(None if kept is None else Adapter(kept, manifest.adapter))
         labels = manifest.task.labels
-        rows = softmax(engine.scores(texts))
+        rows = engine.score(texts)
         return [
             Prediction(text, labels[int(row.argmax())], {label: float(p) for label, p in zip(labels, row, strict=True)})
             for text, row in zip(texts, rows, strict=True)
@@ -128,8 +132,8 @@ class EdgeDevice:
             manifest: Manifest = msgspec.json.decode(known, type=Manifest)
             folder = bundle_folder(self._cache, manifest)
             try:
-                bundles.verify(folder, manifest.bundle)
-                return manifest, Models(folder, manifest, self._threads).engine
+                bundles.verify(folder, manifest.bundle.needs(self._variant))
+                return manifest, Models(folder, manifest, self._variant, self._threads).engine
             except AssetError:
                 if self._server is None:
                     raise
@@ -154,4 +158,4 @@ class EdgeDevice:
     def _agent(self, transport: HttpTransport) -> Agent:
         from edge_sdk.agent import Agent
 
-        return Agent(self._store, transport, self._cache, self._name, self._threads, self._say)
+        return Agent(self._store, transport, self._cache, self._name, self._threads, self._variant, self._say)

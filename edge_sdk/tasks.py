@@ -27,8 +27,8 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         labels: class names, at least two.
         pattern: the prompt; holds `{text}` exactly once.
-        verbalizer: for each label the words that stand for it. Decoder: one word, with its leading space. Encoder: one
-            or more descriptions, whose mean embedding is the class.
+        verbalizer: for each label the words that stand for it. Decoder: one word, with its leading space, of one token or
+            more. Encoder: one or more descriptions, whose mean embedding is the class.
         scale: factor on the scores: 1 for a decoder's logits, the inverse temperature of the cosine for an encoder.
         max_tokens: a prompt keeps at most this many tokens of its text.
 
@@ -95,6 +95,12 @@ def softmax(scores: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np
     z -= z.max(axis=1, keepdims=True)
     e = np.exp(z)
     return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
+
+
+def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Row-wise logarithm of the softmax of (n, n_columns) scores, in nats."""
+    z = scores - scores.max(axis=1, keepdims=True)
+    return np.asarray(z - np.log(np.exp(z).sum(axis=1, keepdims=True)), np.float32)
 
 
 def accuracy(scores: NDArray[np.float32], labels: Sequence[int]) -> float:

@@ -37,6 +37,8 @@ class PromptEncoder:
         self._before = [*prefix, *self._plain(before)]
         self._after = [*self._plain(after), *suffix]
         self._prefix, self._suffix = list(prefix), list(suffix)
+        self._positions, self._verbalizer = positions, task.verbalizer
+        self._unknown = _unknown(self._tokenizer)
         self._max_tokens = min(task.max_tokens, positions - len(self._before) - len(self._after))
         if self._max_tokens < 1:
             raise DataError(f"the pattern leaves no room for text: this model reads {positions} tokens; make it shorter")
@@ -49,22 +51,52 @@ class PromptEncoder:
         encoded = self._tokenizer.encode_batch([text.strip() for text in texts], add_special_tokens=False)
         return [[*self._before, *e.ids[: self._max_tokens], *self._after] for e in encoded]
 
+    @property
+    def shared(self) -> Ids:
+        """What all prompts begin with."""
+        return list(self._before)
+
     def description(self, text: str) -> Ids:
         """Token ids of a class description: no pattern, the encoder's own start and end."""
         return [*self._prefix, *self._plain(text), *self._suffix]
 
-    def word(self, word: str) -> int:
-        """Token id of a label word.
+    def plain(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of texts without the pattern, with the model's own start and end; cut to what it can read.
 
         Raises:
-            DataError: the word is not a single token of this tokenizer.
+            DataError: a text has no tokens.
         """
-        ids = self._plain(word)
-        if len(ids) != 1:
-            raise DataError(
-                f"label word {word!r} is {len(ids)} tokens here; choose one that is a single token, with its leading space"
-            )
-        return ids[0]
+        room = self._positions - len(self._prefix) - len(self._suffix)
+        rows = [[*self._prefix, *self._plain(text)[:room], *self._suffix] for text in texts]
+        if not all(rows):
+            raise DataError("an empty text cannot be read; give it at least one word")
+        return rows
+
+    def words(self) -> list[Ids]:
+        """Token ids of each class's label word, for a decoder.
+
+        Raises:
+            DataError: a class has several words, or two classes have the same tokens.
+        """
+        if any(len(words) != 1 for words in self._verbalizer):
+            raise DataError("a decoder needs exactly one label word per class")
+        ids = [self._plain(words[0]) for words in self._verbalizer]
+        for word, tokens in zip(self._verbalizer, ids, strict=True):
+            if not tokens or self._unknown in tokens:
+                raise DataError(f"label word {word[0]!r} is not in this model's vocabulary; choose another")
+        if len({tuple(tokens) for tokens in ids}) < len(ids):
+            raise DataError("two label words are the same tokens of this tokenizer; choose others")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids as text, without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _unknown(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for whatever the vocabulary lacks, where the tokenizer has one."""
+    name = getattr(tokenizer.model, "unk_token", None)
+    return tokenizer.token_to_id(name) if name else None
 
 
 def pad(sequences: Sequence[Ids]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

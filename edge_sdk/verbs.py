@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk import softlabels
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, subtract
-from edge_sdk.engines import Engine
+from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays, subtract
+from edge_sdk.engines import Scorer
 from edge_sdk.errors import DataError
 from edge_sdk.protocol import Metrics
 from edge_sdk.softlabels import SoftLabels, SoftSet
@@ -57,7 +57,7 @@ def train(
     training: Training,
     soft: SoftLabels | None,
     seed: int,
-    engine: Engine,
+    engine: Scorer,
     trainer: Trainer,
 ) -> Learned:
     """Learns from private data, starting at the global adapter of `version`.
@@ -70,8 +70,8 @@ def train(
     chosen: SoftSet | None = None
     metrics: Metrics = {}
     if soft is not None and (count := softlabels.size(soft, version, len(private.unlabelled))):
-        engine.set_adapter(start, spec)
-        chosen = softlabels.choose(engine.scores(private.unlabelled), count)
+        engine.set_adapter(Adapter(start, spec))
+        chosen = softlabels.choose(engine.logits(private.unlabelled), count)
         metrics = _about(chosen, private.truths)
     rng = np.random.default_rng(seed)
     trained, loss = trainer.fit(start, private.labelled, private.unlabelled, chosen, training, soft, rng)
@@ -79,12 +79,12 @@ def train(
     return Learned(subtract(trained, start), used, {"loss": loss, **metrics})
 
 
-def evaluate(adapter: Arrays, spec: AdapterSpec, private: Private, engine: Engine) -> tuple[int, Metrics]:
+def evaluate(adapter: Arrays, spec: AdapterSpec, private: Private, engine: Scorer) -> tuple[int, Metrics]:
     """How many held-out examples there are, and the accuracy on them (absent where there are none)."""
     if not private.held_out:
         return 0, {}
-    engine.set_adapter(adapter, spec)
-    scores: NDArray[np.float32] = engine.scores([e.text for e in private.held_out])
+    engine.set_adapter(Adapter(adapter, spec))
+    scores: NDArray[np.float32] = engine.logits([e.text for e in private.held_out])
     labels = [e.label for e in private.held_out if e.label is not None]
     return len(labels), {"accuracy": accuracy(scores, labels)}
 

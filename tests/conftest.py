@@ -22,8 +22,8 @@ def decoder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _bundle(folder: Path, kind: Kind) -> Path:
-    from edge_export.bundle import make
+    from edge_export.bundle import Recipe, make
 
     model = factories.write_model(folder / "model", kind)
-    make(Asset(str(model)), kind, folder / "bundle")
+    make(Asset(str(model)), folder / "bundle", Recipe(("fp32",), task=factories.task(kind), probe=factories.PROBE))
     return folder / "bundle"

@@ -22,6 +22,8 @@ SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
 ENCODER_TASK = Task(labels=("negative", "positive"), pattern="{text}", verbalizer=(("it was bad",), ("it was good",)), scale=10.0)
 DECODER_TASK = Task(labels=("negative", "positive"), pattern="{text} it was", verbalizer=(("bad",), ("good",)))
 
+PROBE = Path(__file__).with_name("probe.jsonl")  # sentences of the words above
+
 SLOTS = (Slot("layer.0.query", 6, 4), Slot("layer.1.query", 6, 4))
 SPEC = AdapterSpec(SLOTS, rank=2, alpha=4.0)
 
@@ -32,7 +34,26 @@ def task(kind: Kind) -> Task:
 
 def bundle(kind: Kind = "encoder", slots: tuple[Slot, ...] = SLOTS) -> Bundle:
     """A description without files."""
-    return Bundle(SCHEMA, kind, "nowhere", None, "unknown", 1000, 16, 64, (1,), (2,), slots, {})
+    return Bundle(
+        schema=SCHEMA,
+        kind=kind,
+        base="nowhere",
+        base_sha256=None,
+        license="unknown",
+        parameters=1000,
+        width=16,
+        layers=2,
+        split=1,
+        positions=64,
+        prefix=(1,),
+        suffix=(2,),
+        end=(),
+        slots=slots,
+        task=task(kind),
+        label_ids=(),
+        variants=(),
+        files={},
+    )
 
 
 def manifest(spec: AdapterSpec = SPEC) -> Manifest:

@@ -256,7 +256,7 @@ async def test_a_model_that_does_not_load_does_not_end_the_agent(world: World) -
     fill(world.store)
     files = {**world.server.manifest.bundle.files}
     body = b"not a graph"
-    files["model.onnx"] = bundles.File(world.server.keep(body), len(body))
+    files["model.fp32.onnx"] = bundles.File(world.server.keep(body), len(body))
     bundle = msgspec.structs.replace(world.server.manifest.bundle, files=files)
     world.server.manifest = msgspec.structs.replace(world.server.manifest, bundle=bundle)
     world.server.work += [Evaluate(0, start(world)), Finished(0, start(world))]
@@ -273,7 +273,7 @@ async def test_a_damaged_file_of_the_bundle_is_fetched_again(world: World) -> No
     adapter = start(world)
     world.server.work += [Evaluate(0, adapter), Finished(0, adapter)]
     await world.agent().run()
-    model = bundle_folder(world.cache, world.server.manifest) / "model.onnx"
+    model = bundle_folder(world.cache, world.server.manifest) / "model.fp32.onnx"
     whole = model.read_bytes()
     model.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     before = len(world.server.requests)
@@ -282,7 +282,7 @@ async def test_a_damaged_file_of_the_bundle_is_fetched_again(world: World) -> No
 
     assert model.read_bytes() == whole
     fetched = [path for _, path in world.server.requests[before:] if "/blobs/" in path]
-    assert fetched == [f"/v1/blobs/{world.server.manifest.bundle.files['model.onnx'].sha256}"]
+    assert fetched == [f"/v1/blobs/{world.server.manifest.bundle.files['model.fp32.onnx'].sha256}"]
 
 
 async def test_one_home_has_one_agent(world: World) -> None:

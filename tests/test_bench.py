@@ -12,7 +12,7 @@ from rich.table import Table
 from bench import fleet, lpfl
 from bench.report import Result, show, spread
 from edge_sdk import bundle as bundles
-from edge_sdk.engines.onnx import OnnxEngine
+from edge_sdk.engines import open_engine
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Training
@@ -28,7 +28,7 @@ def lab(encoder_bundle: Path) -> fleet.Lab:
     settings = run_settings.RunSettings(task=factories.ENCODER_TASK, lpfl=run)
     bundle = bundles.read(encoder_bundle)
     manifest = run_settings.manifest(settings, bundle)
-    engine = OnnxEngine(encoder_bundle, bundle, settings.task)
+    engine = open_engine(encoder_bundle, bundle, settings.task)
     learner = Learner.load(bundle, engine.head, engine.encoder, manifest.adapter, threads=1)
     return fleet.Lab(settings, manifest.adapter, bundle.parameters, engine, learner, encoder_bundle)
 
@@ -53,11 +53,11 @@ def test_every_method_gives_one_accuracy_a_device(lab: fleet.Lab, method: str) -
 
 def test_zero_shot_is_the_base_model(lab: fleet.Lab) -> None:
     """Version 0's adapter changes nothing, so zero-shot needs no training and no luck."""
-    lab.engine.set_adapter(None, lab.spec)
+    lab.engine.set_adapter(None)
     devices = some_devices()
     expected = []
     for device in devices:
-        predicted = lab.engine.scores([e.text for e in device.held_out]).argmax(1)
+        predicted = lab.engine.logits([e.text for e in device.held_out]).argmax(1)
         expected.append(sum(int(p) == e.label for p, e in zip(predicted, device.held_out, strict=True)) / len(predicted))
 
     assert lpfl.accuracies("zero_shot", lab, devices, lab.settings.lpfl) == pytest.approx(expected)

@@ -79,13 +79,13 @@ def test_a_folder_that_differs_is_refused(tmp_path: Path, content: bytes | None)
     """A missing, shorter, longer or changed file is an AssetError that names it; the right one passes."""
     bundle = msgspec.structs.replace(factories.bundle(), files={"f": File(hashlib.sha256(b"abc").hexdigest(), 3)})
     (tmp_path / "f").write_bytes(b"abc")
-    bundles.verify(tmp_path, bundle)
+    bundles.verify(tmp_path, bundle.files)
     (tmp_path / "f").unlink()
     if content is not None:
         (tmp_path / "f").write_bytes(content)
 
     with pytest.raises(AssetError, match=f"{tmp_path / 'f'} is missing or damaged"):
-        bundles.verify(tmp_path, bundle)
+        bundles.verify(tmp_path, bundle.files)
 
 
 # Choosing slots -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_one_text_is_not_a_list_of_texts(home: Path) -> None:
 
 def test_a_damaged_model_is_named(home: Path) -> None:
     """A model file that was cut short is an error of ours that says what to do, not one of the library below."""
-    (model,) = (home.parent / "cache").rglob("model.onnx")
+    (model,) = (home.parent / "cache").rglob("model.fp32.onnx")
     model.write_bytes(model.read_bytes()[:1000])
 
     with pytest.raises(AssetError, match="missing or damaged"):

@@ -18,8 +18,8 @@ import pytest
 
 from bench import fleet
 from edge_sdk import bundle as bundles
-from edge_sdk.adapters import AdapterSpec, read_peft
-from edge_sdk.engines.onnx import OnnxEngine
+from edge_sdk.adapters import AdapterSpec, Arrays, read_peft
+from edge_sdk.engines import open_engine
 from edge_sdk.protocol import Status
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.store import Store
@@ -152,7 +152,7 @@ def house(tmp_path: Path, encoder_bundle: Path) -> Iterator[House]:
     made.close()
 
 
-def final_adapter(house: House) -> dict[str, np.ndarray]:
+def final_adapter(house: House) -> Arrays:
     slots = bundles.read(house.bundle).slots
     return read_peft(house.folder / "server" / "versions" / f"{LPFL.versions:04d}", slots)[0]
 
@@ -175,7 +175,7 @@ def test_a_fleet_of_processes_learns_what_the_same_loop_learns_in_one_process(ho
 
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
-    engine = OnnxEngine(house.bundle, bundle, TASK)
+    engine = open_engine(house.bundle, bundle, TASK)
     learner = Learner.load(bundle, engine.head, engine.encoder, spec, threads=1)
     expected = fleet.federate(list(owned.values()), spec.start(LPFL.seed), spec, LPFL, engine, learner)
     got = final_adapter(house)
@@ -214,7 +214,7 @@ def test_power_cuts_on_both_sides_change_nothing(house: House) -> None:
     owned = [private(seed) for seed in range(3)]
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
-    engine = OnnxEngine(house.bundle, bundle, TASK)
+    engine = open_engine(house.bundle, bundle, TASK)
     learner = Learner.load(bundle, engine.head, engine.encoder, spec, threads=1)
     expected = fleet.federate(owned, spec.start(LPFL.seed), spec, LPFL, engine, learner)
     for name, array in final_adapter(house).items():

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from edge_export.bundle import make
+from edge_export.bundle import Recipe, make
 from edge_sdk import bundle as bundles
-from edge_sdk.adapters import AdapterSpec, Arrays, read_peft, write_peft
+from edge_sdk.adapters import Adapter, AdapterSpec, Arrays, read_peft, write_peft
 from edge_sdk.assets import Asset
-from edge_sdk.engines.onnx import OnnxEngine
+from edge_sdk.engines import Engine, open_engine
 from edge_sdk.errors import DataError
 from edge_sdk.tasks import Kind
 from edge_sdk.training.learner import Learner
@@ -28,9 +28,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def open_both(folder: Path) -> tuple[OnnxEngine, Learner, AdapterSpec]:
+def open_both(folder: Path) -> tuple[Engine, Learner, AdapterSpec]:
     bundle = bundles.read(folder)
-    engine = OnnxEngine(folder, bundle, factories.task(bundle.kind))
+    engine = open_engine(folder, bundle)
     spec = AdapterSpec(bundle.slots, rank=3, alpha=6.0)
     learner = Learner.load(bundle, engine.head, engine.encoder, spec, threads=1)
     torch.set_float32_matmul_precision("highest")  # `load` allows bfloat16; here digits are compared
@@ -47,30 +47,30 @@ def test_scores_agree_with_torch_without_an_adapter(folder: Path) -> None:
     engine, learner, spec = open_both(folder)
     learner.set(spec.start(0))
 
-    np.testing.assert_allclose(engine.scores(TEXTS), learner.scores(TEXTS), atol=1e-4)
+    np.testing.assert_allclose(engine.logits(TEXTS), learner.scores(TEXTS), atol=1e-4)
 
 
 def test_scores_agree_with_torch_with_an_adapter(folder: Path) -> None:
     """The adapter inputs of the graph do what PEFT does, alpha / rank included."""
     engine, learner, spec = open_both(folder)
     adapter = random_adapter(spec)
-    base = engine.scores(TEXTS)
+    base = engine.logits(TEXTS)
     learner.set(adapter)
-    engine.set_adapter(adapter, spec)
+    engine.set_adapter(Adapter(adapter, spec))
 
-    np.testing.assert_allclose(engine.scores(TEXTS), learner.scores(TEXTS), atol=1e-4)
-    assert np.abs(engine.scores(TEXTS) - base).max() > 1e-2
+    np.testing.assert_allclose(engine.logits(TEXTS), learner.scores(TEXTS), atol=1e-4)
+    assert np.abs(engine.logits(TEXTS) - base).max() > 1e-2
 
 
 def test_an_adapter_comes_off_without_a_trace(folder: Path) -> None:
     """After an adapter is taken off, scores are bit for bit those of the base."""
     engine, _, spec = open_both(folder)
-    base = engine.scores(TEXTS)
-    engine.set_adapter(random_adapter(spec), spec)
-    engine.scores(TEXTS)
-    engine.set_adapter(None, spec)
+    base = engine.logits(TEXTS)
+    engine.set_adapter(Adapter(random_adapter(spec), spec))
+    engine.logits(TEXTS)
+    engine.set_adapter(None)
 
-    assert (engine.scores(TEXTS) == base).all()
+    assert (engine.logits(TEXTS) == base).all()
 
 
 def test_any_rank_fits(folder: Path) -> None:
@@ -78,15 +78,15 @@ def test_any_rank_fits(folder: Path) -> None:
     engine, _, spec = open_both(folder)
     for rank in (1, 5):
         other = AdapterSpec(spec.slots, rank, 1.0)
-        engine.set_adapter(random_adapter(other), other)
-        assert np.isfinite(engine.scores(TEXTS)).all()
+        engine.set_adapter(Adapter(random_adapter(other), other))
+        assert np.isfinite(engine.logits(TEXTS)).all()
 
 
 def test_order_and_batches_do_not_matter(folder: Path) -> None:
     """A text's scores do not depend on what else is asked, nor on padding."""
     engine, _, _ = open_both(folder)
-    together = engine.scores(TEXTS)
-    alone = np.concatenate([engine.scores([text]) for text in TEXTS])
+    together = engine.logits(TEXTS)
+    alone = np.concatenate([engine.logits([text]) for text in TEXTS])
 
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
@@ -96,9 +96,9 @@ def test_an_adapter_of_another_model_is_refused(encoder_bundle: Path, decoder_bu
     engine, _, spec = open_both(encoder_bundle)
     other = AdapterSpec(bundles.read(decoder_bundle).slots, 2, 4.0)
     with pytest.raises(DataError, match="no adapter slot"):
-        engine.set_adapter(random_adapter(other), other)
+        engine.set_adapter(Adapter(random_adapter(other), other))
     with pytest.raises(DataError, match="does not fit"):
-        engine.set_adapter(random_adapter(other), spec)
+        engine.set_adapter(Adapter(random_adapter(other), spec))
 
 
 def test_a_peft_folder_round_trips_through_peft(folder: Path, tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_a_peft_folder_round_trips_through_peft(folder: Path, tmp_path: Path) ->
     )
     with torch.no_grad():
         scores = engine.head.scores(readout(loaded, bundle.kind, encoder.prompts(TEXTS)).numpy())
-    engine.set_adapter(adapter, spec)
+    engine.set_adapter(Adapter(adapter, spec))
 
-    np.testing.assert_allclose(engine.scores(TEXTS), scores, atol=1e-4)
+    np.testing.assert_allclose(engine.logits(TEXTS), scores, atol=1e-4)
     arrays, found = read_peft(tmp_path, bundle.slots)
     assert found == spec
     assert all((arrays[name] == adapter[name]).all() for name in adapter)
@@ -132,7 +132,7 @@ def test_an_unknown_layer_is_named(tmp_path: Path) -> None:
     """Asking for LoRA where there is no such layer says so and leaves no folder."""
     model = factories.write_model(tmp_path / "model", "encoder")
     with pytest.raises(DataError, match="no linear layer named 'q_proj'"):
-        make(Asset(str(model)), "encoder", tmp_path / "bundle", ("q_proj",))
+        make(Asset(str(model)), tmp_path / "bundle", Recipe(("fp32",), ("q_proj",), factories.task("encoder"), factories.PROBE))
     assert not (tmp_path / "bundle").exists()
 
 
@@ -140,6 +140,6 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     """Only an empty folder or an older bundle is replaced."""
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="holds other files"):
-        make(Asset("nowhere"), "encoder", tmp_path)
+        make(Asset("nowhere"), tmp_path)
 
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

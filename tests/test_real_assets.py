@@ -8,6 +8,7 @@ import torch
 
 from bench import fleet, lpfl
 from edge_sdk import bundle as bundles
+from edge_sdk.adapters import Adapter
 from edge_sdk.assets import resolve
 from edge_sdk.tasks import accuracy
 from edge_sdk.training.learner import Learner
@@ -36,7 +37,7 @@ def test_onnx_runtime_scores_real_sentences_as_torch_does(slm: str) -> None:
     """The exported graph agrees with torch on real text, without and with an adapter, and knows something untrained."""
     folder = fleet.bundle_of(slm)
     bundle = bundles.read(folder)
-    bundles.verify(folder, bundle)
+    bundles.verify(folder, bundle.files)
     lab = fleet.lab(slm, threads=2)
     examples = [e for domain in fleet.domains().values() for e in domain.validation[:20]]
     texts = [e.text for e in examples]
@@ -45,11 +46,11 @@ def test_onnx_runtime_scores_real_sentences_as_torch_does(slm: str) -> None:
 
     torch.set_float32_matmul_precision("highest")  # training may multiply in bfloat16; here digits are compared
     for adapter in (lab.spec.start(0), random):
-        lab.engine.set_adapter(adapter, lab.spec)
+        lab.engine.set_adapter(Adapter(adapter, lab.spec))
         lab.lora.set(adapter)
-        np.testing.assert_allclose(lab.engine.scores(texts), lab.lora.scores(texts), atol=2e-3)
-    lab.engine.set_adapter(None, lab.spec)
-    assert accuracy(lab.engine.scores(texts), [e.label for e in examples if e.label is not None]) > 0.5
+        np.testing.assert_allclose(lab.engine.logits(texts), lab.lora.scores(texts), atol=2e-3)
+    lab.engine.set_adapter(None)
+    assert accuracy(lab.engine.logits(texts), [e.label for e in examples if e.label is not None]) > 0.5
 
 
 def test_the_upload_share_is_that_of_the_decoder() -> None:
@@ -64,8 +65,8 @@ def test_full_parameter_training_moves_every_weight_that_matters() -> None:
     torch.set_float32_matmul_precision("highest")
     assert isinstance(learner, Learner)
     texts = [e.text for e in fleet.domains()["movie"].validation[:8]]
-    lab.engine.set_adapter(None, lab.spec)
-    np.testing.assert_allclose(engine.scores(texts), lab.engine.scores(texts), atol=2e-3)
+    lab.engine.set_adapter(None)
+    np.testing.assert_allclose(engine.logits(texts), lab.engine.logits(texts), atol=2e-3)
     assert sum(a.size for a in fleet.flatten(learner).values()) == lab.parameters
 
 

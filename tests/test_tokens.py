@@ -83,13 +83,43 @@ def test_a_description_has_no_pattern(tokenizer: Path) -> None:
     assert encoder(tokenizer, max_tokens=4).description("it was " * 4) == ids("[CLS] " + "it was " * 4 + "[SEP]")
 
 
-def test_a_label_word_is_one_token(tokenizer: Path) -> None:
-    """A word of one token has its id; a word of two is refused with its number of tokens."""
-    assert encoder(tokenizer).word("good") == ID["good"]
-    with pytest.raises(DataError, match="label word 'good film' is 2 tokens here"):
-        encoder(tokenizer).word("good film")
-    with pytest.raises(DataError, match="label word '' is 0 tokens here"):
-        encoder(tokenizer).word("")
+def with_words(tokenizer: Path, *words: str) -> PromptEncoder:
+    made = Task(("a", "b"), "{text}", tuple((word,) for word in words))
+    return PromptEncoder(tokenizer, [], [], 64, made)
+
+
+def test_label_words_have_as_many_tokens_as_they_need(tokenizer: Path) -> None:
+    """A label word may be one token or several; they come in the order of the classes."""
+    assert with_words(tokenizer, "good", "bad film").words() == [[ID["good"]], [ID["bad"], ID["film"]]]
+
+
+@pytest.mark.parametrize("words", [("good", "splendid"), ("good", ""), ("good splendid", "bad")])
+def test_a_label_word_the_vocabulary_lacks_is_named(tokenizer: Path, words: tuple[str, str]) -> None:
+    """A word without tokens, or with the token for unknown words, is refused by name."""
+    with pytest.raises(DataError, match="is not in this model's vocabulary"):
+        with_words(tokenizer, *words).words()
+
+
+def test_label_words_must_differ(tokenizer: Path) -> None:
+    """Two classes with the same tokens could never be told apart."""
+    with pytest.raises(DataError, match="same tokens"):
+        with_words(tokenizer, "good", " good").words()
+
+
+def test_plain_text_is_cut_and_never_empty(tokenizer: Path) -> None:
+    """Without the pattern a text keeps the model's own start and end, and an empty one is refused."""
+    made = PromptEncoder(tokenizer, [1], [2], 10, task("the {text}", 64))
+    assert [len(row) for row in made.plain(["good " * 100, "good"])] == [10, 3]
+    bare = PromptEncoder(tokenizer, [], [], 10, task("the {text}", 64))
+    with pytest.raises(DataError, match="empty text"):
+        bare.plain(["good", ""])
+
+
+def test_what_all_prompts_share_is_what_stands_before_the_text(tokenizer: Path) -> None:
+    """Every prompt begins with the shared tokens, whatever its text."""
+    made = encoder(tokenizer)
+    assert made.shared
+    assert all(row[: len(made.shared)] == made.shared for row in made.prompts(["good", "a film", ""]))
 
 
 def test_padding_of_known_sequences() -> None:

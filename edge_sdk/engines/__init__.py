@@ -1,23 +1,127 @@
-"""Inference on the device: what an engine can do; `onnx.py` does it with ONNX Runtime."""
+"""Inference on the device: what an engine can do; `onnx.py` does it with ONNX Runtime, `gguf.py` with llama.cpp."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_sdk.adapters import AdapterSpec, Arrays
+from edge_sdk.adapters import Adapter
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import DataError, SettingsError
+from edge_sdk.tasks import Head, Task, softmax
+from edge_sdk.tokens import Ids, PromptEncoder
 
 
-class Engine(Protocol):
-    """Scores texts for one task with one base model and any adapter."""
+@dataclass(frozen=True)
+class TopK:
+    """The k likeliest next tokens of each text, the likeliest first: ids (n, k) and natural log-probabilities (n, k)."""
 
-    def set_adapter(self, arrays: Arrays | None, spec: AdapterSpec) -> None:
-        """Uses an adapter from the next call on; None is the base model."""
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How `generate` chooses tokens.
+
+    Args:
+        max_tokens: how many at most.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample from the smallest set of tokens with this much probability (nucleus sampling, Holtzman et al. 2020).
+        seed: of the sampling.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise SettingsError("max_tokens and temperature must not be negative, top_p in (0, 1]")
+
+
+def sample(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
+    """One token id from the scores (vocabulary,) of all next tokens."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities = softmax(logits[None], sampling.temperature)[0].astype(np.float64)
+    order = np.argsort(-probabilities, kind="stable")
+    sums = probabilities[order].cumsum()
+    kept = order[: int(np.searchsorted(sums, sampling.top_p * sums[-1])) + 1]
+    return int(rng.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
+
+
+class Scorer(Protocol):
+    """What labelling and measuring need of a model; `Engine` is one."""
+
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Uses an adapter from the next call on; None is the base model. Fails whole: the old one stays on an error.
+
+        Raises:
+            DataError: names or shapes do not fit the adapter's own spec, or the spec does not fit this bundle.
+        """
         ...
 
-    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Class scores (n, n_classes) before the softmax."""
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Class scores (n, n_classes) before the softmax, in the order of `texts`."""
         ...
+
+
+class Engine(Scorer, Protocol):
+    """One base model, one task, and any adapter."""
+
+    encoder: PromptEncoder
+
+    @property
+    def head(self) -> Head:
+        """The task's class rows, for training. Raises: DataError: a label word is more than one token."""
+        ...
+
+    def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
+        """The same for token ids as they stand, complete with pattern, start and end."""
+        ...
+
+    def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Class probabilities (n, n_classes), in the order of `texts`."""
+        ...
+
+    def top_k(self, texts: Sequence[str], k: int) -> TopK:
+        """The next token after each text as it stands (no pattern). Raises: DataError: an encoder has none."""
+        ...
+
+    def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # frozen
+        """What the model writes after `prompt`, up to its end token. Raises: DataError: an encoder writes nothing."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit-length vectors (n, width): an encoder's mean, a decoder's last hidden state."""
+        ...
+
+
+def open_engine(folder: Path, bundle: Bundle, task: Task | None = None, variant: str = "", threads: int = 1) -> Engine:
+    """Loads a variant of a verified bundle folder, for the bundle's own task unless another is given.
+
+    Raises:
+        SettingsError: the bundle has no such variant.
+        DataError: the task does not fit the model, or the variant's runtime is missing or too old.
+    """
+    chosen = bundle.variant(variant)
+    if chosen.runtime == "llama.cpp":
+        try:
+            from edge_sdk.engines.gguf import GgufEngine
+        except ModuleNotFoundError as error:
+            raise DataError(
+                f"variant {chosen.name!r} runs in llama.cpp, which is not installed: pip install 'tandem-edge[gguf]' "
+                "(it compiles for some minutes), or choose another variant"
+            ) from error
+        return GgufEngine(folder, bundle, chosen, task or bundle.task, threads)
+    from edge_sdk.engines.onnx import OnnxEngine
+
+    return OnnxEngine(folder, bundle, chosen, task or bundle.task, threads)

@@ -1,94 +1,224 @@
-"""ONNX Runtime on a bundle: class scores for texts, with any adapter swapped in by name.
+"""ONNX Runtime on a bundle: class scores, next tokens, text and vectors, with any adapter swapped in by name.
 
-The whole engine protocol is `set_adapter` and `scores`; another runtime offers the same two.
+Sequences of similar length run together, padded on the right. Where the model keeps a cache (decoders), what all prompts of
+the task have in common in front of the text is read once for each adapter, and every batch goes on from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_sdk.adapters import AdapterSpec, Arrays, mismatch, shapes_of
-from edge_sdk.bundle import Bundle
+from edge_sdk.adapters import Adapter, mismatch, shapes_of
+from edge_sdk.bundle import TOKENIZER, Bundle, Variant, older
+from edge_sdk.engines import Sampling, TopK, sample
 from edge_sdk.errors import DataError
-from edge_sdk.tasks import Head, Task
+from edge_sdk.tasks import Head, Task, log_softmax, softmax
 from edge_sdk.tokens import Ids, PromptEncoder, by_length, pad
+
+BATCH = 16
+Feeds = dict[str, NDArray[Any]]
 
 
 class OnnxEngine:
-    """Runs `model.onnx` of a bundle folder for one task.
+    """Runs one ONNX variant of a bundle folder for one task.
 
     Args:
         folder: the bundle; its files are trusted to be verified.
         threads: of ONNX Runtime inside one operator.
 
     Raises:
-        DataError: the task's words do not fit the bundle's tokenizer or kind.
+        DataError: the task's words do not fit the bundle's tokenizer or kind, or this ONNX Runtime cannot run the graph.
     """
 
-    def __init__(self, folder: Path, bundle: Bundle, task: Task, threads: int = 1) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # one warning per optional input otherwise
-        self._session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        self._inputs = {i.name for i in self._session.get_inputs()}
+    def __init__(self, folder: Path, bundle: Bundle, variant: Variant, task: Task, threads: int = 1) -> None:
+        if older(ort.__version__, variant.minimum):
+            raise DataError(
+                f"variant {variant.name!r} needs onnxruntime {variant.minimum}, this is {ort.__version__}: "
+                "pip install --upgrade onnxruntime"
+            )
+        self.encoder = PromptEncoder(folder / TOKENIZER, bundle.prefix, bundle.suffix, bundle.positions, task)
+        self._task, self._bundle = task, bundle
+        self._session = _session(folder / variant.file, threads)
+        self._inputs = {i.name: i.shape for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._only = ort.RunOptions()
+        self._only.only_execute_path_to_fetches = True  # type: ignore[attr-defined, unused-ignore]
         self._slots = {slot.a: slot for slot in bundle.slots}
-        self._feeds: dict[str, NDArray[np.float32]] = {}
-        self.encoder = PromptEncoder(folder / "tokenizer.json", bundle.prefix, bundle.suffix, bundle.positions, task)
-        self.head = Head(self._rows(bundle, task), task.scale)
+        self._adapter: Feeds = {}
+        self._shared: Feeds | None = None  # cache of what all prompts begin with, under the present adapter
+        self._words = [] if bundle.kind == "encoder" else self.encoder.words()
+        self._head = self._make_head() if all(len(ids) == 1 for ids in self._words) else None
 
-    def set_adapter(self, arrays: Arrays | None, spec: AdapterSpec) -> None:
+    @property
+    def head(self) -> Head:
+        """Raises: DataError: a label word is more than one token, and so no row of the vocabulary."""
+        if self._head is None:
+            longest = max(zip(self._words, self._task.verbalizer, strict=True), key=lambda pair: len(pair[0]))
+            raise DataError(
+                f"label word {longest[1][0]!r} is {len(longest[0])} tokens here: it can be scored, but training needs words of "
+                "one token, with their leading space"
+            )
+        return self._head
+
+    def set_adapter(self, adapter: Adapter | None) -> None:
         """Uses an adapter from the next call on; None goes back to the base model.
 
         Raises:
-            DataError: names or shapes do not fit the spec, or the spec does not fit this bundle.
+            DataError: names or shapes do not fit the spec, or the spec does not fit this bundle; the old one stays.
         """
-        if arrays is None:
-            self._feeds = {}
-            return
-        if problem := mismatch(shapes_of(arrays), spec.shapes()):
-            raise DataError(f"the adapter does not fit: {problem}")
-        unknown = [slot.module for slot in spec.slots if slot != self._slots.get(slot.a)]
-        if unknown:
-            raise DataError(f"this bundle has no adapter slot for {unknown[0]}")
-        self._feeds = {s.a: np.ascontiguousarray(arrays[s.a], np.float32) for s in spec.slots}
-        self._feeds |= {s.b: np.ascontiguousarray(arrays[s.b] * np.float32(spec.scaling)) for s in spec.slots}
+        feeds: Feeds = {}
+        if adapter is not None:
+            arrays, spec = adapter
+            if problem := mismatch(shapes_of(arrays), spec.shapes()):
+                raise DataError(f"the adapter does not fit: {problem}")
+            unknown = [slot.module for slot in spec.slots if slot != self._slots.get(slot.a)]
+            if unknown:
+                raise DataError(f"this bundle has no adapter slot for {unknown[0]}")
+            feeds = {s.a: np.ascontiguousarray(arrays[s.a], np.float32) for s in spec.slots}
+            feeds |= {s.b: np.ascontiguousarray(arrays[s.b] * np.float32(spec.scaling)) for s in spec.slots}
+        self._adapter, self._shared = feeds, None
 
-    def scores(self, texts: Sequence[str], batch_size: int = 16) -> NDArray[np.float32]:
-        """Class scores (n, n_classes) before the softmax, in the order of `texts`."""
-        return self.head.scores(self._readout(self.encoder.prompts(texts), batch_size))
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Class scores (n, n_classes) before the softmax; of words of several tokens the sum of their log-probabilities."""
+        return self._classes(self.encoder.prompts(texts), shared=True)
 
-    def _readout(self, sequences: Sequence[Ids], batch_size: int = 16) -> NDArray[np.float32]:
-        width = self._session.get_outputs()[0].shape[1]
-        out = np.zeros((len(sequences), width), np.float32)
-        for batch in by_length(sequences, batch_size):
-            ids, mask = pad([sequences[i] for i in batch])
-            feeds = {"input_ids": ids, "attention_mask": mask, **self._feeds}
-            if "token_type_ids" in self._inputs:
-                feeds["token_type_ids"] = np.zeros_like(ids)
-            if "position_ids" in self._inputs:
-                feeds["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
-            if "label_ids" in self._inputs:
-                feeds["label_ids"] = np.zeros(0, np.int64)
-            (out[batch],) = self._session.run(["readout"], feeds)
-        return out
+    def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
+        """The same for token ids as they stand."""
+        return self._classes(sequences, shared=False)
 
-    def _rows(self, bundle: Bundle, task: Task) -> NDArray[np.float32]:
+    def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Class probabilities (n, n_classes), in the order of `texts`."""
+        return softmax(self.logits(texts))
+
+    def top_k(self, texts: Sequence[str], k: int) -> TopK:
+        """The next token after each text as it stands. Raises: DataError: an encoder has none."""
+        self._needs_decoder("top_k")
+        logprobs = log_softmax(self._run(self.encoder.plain(texts), "logits"))
+        ids = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+        return TopK(ids.astype(np.int64), np.take_along_axis(logprobs, ids, axis=1))
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit-length vectors (n, width): an encoder's mean, a decoder's last hidden state."""
+        rows = self._run(self.encoder.plain(texts), "readout")
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12), np.float32)
+
+    def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
+        """What the model writes after `prompt`, up to its end token. Raises: DataError: an encoder writes nothing."""
+        self._needs_decoder("generate")
+        rng = np.random.default_rng(sampling.seed)
+        written: Ids = []
+        ids = self.encoder.plain([prompt])[0]
+        cache: Feeds = {}
+        for _ in range(min(sampling.max_tokens, self._bundle.positions - len(ids))):
+            logits, cache = self._step(ids, cache)
+            token = sample(logits[0], sampling, rng)
+            if token in self._bundle.end:
+                break
+            written.append(token)
+            ids = [token]
+        return self.encoder.decode(written)
+
+    def readout(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
+        """What the model makes of token ids as they stand, before any class, (n, width)."""
+        return self._run(sequences, "readout")
+
+    # Running ----------------------------------------------------------------------------------------------------------
+    def _needs_decoder(self, what: str) -> None:
+        if self._bundle.kind == "encoder":
+            raise DataError(f"{what} needs a decoder; this bundle holds an encoder, which reads and does not write")
+
+    def _run(self, sequences: Sequence[Ids], output: str, shared: bool = False) -> NDArray[np.float32]:
+        """One output row for each sequence. With `shared`, all of them begin with `encoder.shared`."""
+        start = len(self.encoder.shared)
+        past = self._shared_cache() if shared and all(len(ids) > start for ids in sequences) else {}
+        start = start if past else 0
+        out: NDArray[np.float32] | None = None
+        for batch in by_length(sequences, BATCH):
+            feeds = self._feeds([sequences[i][start:] for i in batch], past)
+            (rows,) = self._session.run([output], feeds, self._only)
+            if out is None:
+                out = np.zeros((len(sequences), rows.shape[1]), np.float32)
+            out[batch] = rows
+        return out if out is not None else np.zeros((0, self._bundle.width), np.float32)
+
+    def _feeds(self, sequences: Sequence[Ids], past: Feeds) -> Feeds:
+        ids, mask = pad(sequences)
+        feeds: Feeds = {"input_ids": ids, "attention_mask": mask, **self._adapter}
+        length = next(iter(past.values())).shape[2] if past else 0
+        if length:
+            feeds["attention_mask"] = np.concatenate([np.ones((len(ids), length), np.int64), mask], axis=1)
+        for name, shape in self._caches():
+            if past:
+                feeds[name] = np.repeat(past[name], len(ids), axis=0)
+            else:
+                feeds[name] = np.zeros((len(ids), shape[1], 0, shape[3]), np.float32)
+        if "token_type_ids" in self._inputs:
+            feeds["token_type_ids"] = np.zeros_like(ids)
+        if "position_ids" in self._inputs:
+            feeds["position_ids"] = np.broadcast_to(np.arange(length, length + ids.shape[1]), ids.shape).copy()
+        if "label_ids" in self._inputs:
+            feeds["label_ids"] = np.zeros(0, np.int64)
+        return feeds
+
+    def _caches(self) -> Iterator[tuple[str, Sequence[Any]]]:
+        return ((name, shape) for name, shape in self._inputs.items() if name.startswith("past_key_values."))
+
+    def _step(self, ids: Ids, past: Feeds) -> tuple[NDArray[np.float32], Feeds]:
+        """Scores of the next token (1, vocabulary), and the cache after `ids`."""
+        names = [name for name, _ in self._caches()]
+        outputs = ["logits", *(name.replace("past_key_values.", "present.") for name in names)]
+        logits, *cache = self._session.run(outputs, self._feeds([ids], past), self._only)
+        return logits, dict(zip(names, cache, strict=True))
+
+    def _shared_cache(self) -> Feeds:
+        """The cache of what all prompts begin with; nothing where that is nothing, or where there is no cache."""
+        if self._shared is None:
+            start = self.encoder.shared
+            self._shared = self._step(start, {})[1] if start and self._bundle.kind == "decoder" else {}
+        return self._shared
+
+    # Classes ----------------------------------------------------------------------------------------------------------
+    def _make_head(self) -> Head:
         """Decoder: output embeddings of the label words. Encoder: unit-length mean of each label's descriptions."""
-        if bundle.kind == "encoder":
-            means = [self._readout([self.encoder.description(d) for d in words]).mean(0) for words in task.verbalizer]
-            return np.stack([m / np.linalg.norm(m) for m in means]).astype(np.float32)
-        if any(len(words) != 1 for words in task.verbalizer):
-            raise DataError("a decoder needs exactly one label word per class")
-        ids = np.array([self.encoder.word(words[0]) for words in task.verbalizer], np.int64)
-        if len(set(ids.tolist())) < len(ids):
-            raise DataError("two label words are the same token of this tokenizer; choose others")
-        some = np.ones((1, 1), np.int64)
-        feeds = {"input_ids": some, "attention_mask": some, "position_ids": some - 1, "label_ids": ids}
-        (rows,) = self._session.run(["rows"], {k: v for k, v in feeds.items() if k in self._inputs})
-        return np.asarray(rows, np.float32)
+        task = self._task
+        if self._bundle.kind == "encoder":
+            means = [self._run([self.encoder.description(d) for d in words], "readout").mean(0) for words in task.verbalizer]
+            return Head(np.stack([m / np.linalg.norm(m) for m in means]).astype(np.float32), task.scale)
+        feeds = self._feeds([[0]], {}) | {"label_ids": np.array([ids[0] for ids in self._words], np.int64)}
+        (rows,) = self._session.run(["rows"], feeds, self._only)
+        return Head(np.asarray(rows, np.float32), task.scale)
+
+    def _classes(self, prompts: Sequence[Ids], shared: bool) -> NDArray[np.float32]:
+        if self._head is not None:
+            return self._head.scores(self._run(prompts, "readout", shared))
+        return np.asarray(self._task.scale * self._word_logprobs(prompts, shared), np.float32)
+
+    def _word_logprobs(self, prompts: Sequence[Ids], shared: bool) -> NDArray[np.float32]:
+        """Sum of the log-probabilities of each class's word, token by token, (n, n_classes)."""
+        total = np.zeros((len(prompts), len(self._words)), np.float32)
+        known: dict[tuple[int, ...], NDArray[np.float32]] = {}  # words with the same beginning share its run
+        for column, word in enumerate(self._words):
+            for at, token in enumerate(word):
+                said = tuple(word[:at])
+                if said not in known:
+                    known[said] = log_softmax(self._run([[*p, *said] for p in prompts], "logits", shared))
+                total[:, column] += known[said][:, token]
+        return total
+
+
+def _session(path: Path, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # one warning per optional input otherwise
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have many roots; all mean that this file does not run here
+        reason = str(error).splitlines()[0][:200]
+        raise DataError(f"ONNX Runtime {ort.__version__} cannot load {path}: {reason}") from error

@@ -1,134 +1,347 @@
-"""Exports a model into a bundle folder: optimum -> graph surgery -> `model.onnx`, `tokenizer.json`, `bundle.json`."""
+"""A model -> a bundle folder: weights, smoothing, optimum's export, surgery, quantization, measurement, description.
+
+Everything is made aside and put in place by one rename, and only if every variant is good enough.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
+from edge_export import families, int8, probe, report, rounding, source
 from edge_export import graph as surgery
+from edge_export.measure import Measured, measure
+from edge_export.smooth import Smoothed, sites, smooth
+from edge_sdk import golden
+from edge_sdk.adapters import Adapter, AdapterSpec, row_major
 from edge_sdk.assets import Asset, resolve
-from edge_sdk.bundle import NAME, SCHEMA, Bundle, digest
-from edge_sdk.errors import AssetError, DataError
-from edge_sdk.tasks import Kind
+from edge_sdk.bundle import NAME, SCHEMA, TOKENIZER, Bundle, Variant, digest
+from edge_sdk.engines import open_engine
+from edge_sdk.engines.onnx import OnnxEngine
+from edge_sdk.errors import DataError
+from edge_sdk.golden import Expected, Golden
+from edge_sdk.tasks import Head, Kind, Task
+from edge_sdk.tokens import Ids, PromptEncoder
 from edge_sdk.training.base import count_parameters, load_path
+from edge_sdk.training.learner import readout
 
-SLOTS: dict[Kind, tuple[str, ...]] = {"decoder": ("q_proj", "v_proj"), "encoder": ("query", "value")}
+FLOOR = 0.99
+GGUF = ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k")
+VARIANTS = ("int8", "fp32", *GGUF)
+LLAMA_MINIMUM = "0.3.30"  # llama-cpp-python whose adapters can be swapped
+SENTIMENT: dict[Kind, Task] = {
+    "decoder": Task(("negative", "positive"), "{text}\nAll in all, it was", ((" bad",), (" good",)), max_tokens=48),
+    "encoder": Task(("negative", "positive"), "{text}", (("It was bad.",), ("It was good.",)), scale=20.0, max_tokens=48),
+}
+Say = Callable[[str], None]
 
 
-def make(asset: Asset, kind: Kind, out: Path, slots: tuple[str, ...] = (), say: Callable[[str], None] = lambda _: None) -> Bundle:
+@dataclass(frozen=True)
+class Recipe:
+    """What to make of a model.
+
+    Args:
+        variants: names of `VARIANTS`; the first is what devices run unless told otherwise.
+        slots: last parts of the module names that get LoRA; empty for the family's default (q and v).
+        task: what the bundle answers by itself; sentiment by default.
+        probe: file of texts that calibrate and judge; our own by default.
+        floor: smallest agreement r with the fp32 model that a variant may have.
+        threads: for measuring.
+    """
+
+    variants: tuple[str, ...] = ("int8",)
+    slots: tuple[str, ...] = ()
+    task: Task | None = None
+    probe: Path = probe.DEFAULT
+    floor: float = FLOOR
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished bundle and what its variants were measured at; fp32 is always among them, as the reference."""
+
+    bundle: Bundle
+    measured: tuple[Measured, ...]
+    probe: probe.Probe
+    threads: int
+
+
+def default_variants(asset: Asset) -> tuple[str, ...]:
+    """int8, and q8_0 too for a decoder where llama.cpp is there to measure it."""
+    decoder = families.family_of(source.config_of(resolve(asset)).model_type).kind == "decoder"
+    return ("int8", "q8_0") if decoder and importlib.util.find_spec("llama_cpp") else ("int8",)
+
+
+def make(asset: Asset, out: Path, recipe: Recipe = Recipe(), say: Say = lambda _: None) -> Made:  # frozen
     """Writes the bundle of `asset` to `out`, replacing what was there only when everything worked.
 
     Args:
-        kind: `decoder` for a causal LM, `encoder` for a sentence encoder with mean pooling.
-        slots: last parts of the module names that get LoRA; empty for the kind's default (q and v).
         say: told one line per stage.
 
     Raises:
-        AssetError: the model could not be had. DataError: its graph has no such layers, or `out` holds other files.
+        AssetError: the model could not be had. DataError: it is of no supported family, its graph has no such layers, the
+        task does not fit, a variant is below the floor, or `out` holds other files.
     """
     _may_replace(out)
-    source = resolve(asset)
+    for name in recipe.variants:
+        if name not in VARIANTS:
+            raise DataError(f"there is no variant {name!r}; there are: {', '.join(VARIANTS)}")
+    path = resolve(asset)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
-        work = Path(temporary)
-        say("loading the weights")
-        parameters = _save_plain(source, kind, work / "plain")
-        say("exporting to ONNX through optimum")
-        model = _export(work / "plain", kind, work / "exported")
-        say("adding LoRA inputs and the readout")
-        found = surgery.add_lora(model.graph, slots or SLOTS[kind])
-        prefix, suffix = _frame(work / "plain", kind)
-        width, positions = _sizes(work / "plain")
-        if kind == "decoder":
-            surgery.decoder_readout(model.graph)
-        else:
-            surgery.encoder_readout(model.graph, width)
-        surgery.prune(model.graph)
-        staged = work / "bundle"
-        staged.mkdir()
-        onnx.save(model, staged / "model.onnx")
-        shutil.copyfile(work / "plain" / "tokenizer.json", staged / "tokenizer.json")
-        files = {path.name: digest(path) for path in sorted(staged.iterdir())}
-        bundle = Bundle(
-            SCHEMA,
-            kind,
-            _anywhere(asset.reference),
-            asset.sha256,
-            asset.license,
-            parameters,
-            width,
-            positions,
-            prefix,
-            suffix,
-            found,
-            files,
-        )
-        (staged / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(bundle), indent=1) + b"\n")
+        made = _Making(asset, path, recipe, Path(temporary), say).run()
         if out.exists():
             shutil.rmtree(out)
-        staged.rename(out)
-    return bundle
+        (Path(temporary) / "bundle").rename(out)
+    return made
 
 
-def _save_plain(source: Path, kind: Kind, folder: Path) -> int:
-    """Writes fp32 weights, config and a fast tokenizer as one transformers folder; returns the number of weights."""
-    model = load_path(source, kind)
-    model.save_pretrained(folder)  # type: ignore[operator]  # every transformers model has it
-    tokenizer = _tokenizer(source)
-    if not tokenizer.is_fast:
-        raise DataError(f"{source} has no fast tokenizer, and a device reads only tokenizer.json")
-    tokenizer.save_pretrained(folder)
-    return count_parameters(model)
+class _Making:
+    """The stages, in order; each leaves what the next needs."""
+
+    def __init__(self, asset: Asset, path: Path, recipe: Recipe, work: Path, say: Say) -> None:
+        self.asset, self.recipe, self.work, self.say = asset, recipe, work, say
+        self.folder = work / "bundle"
+        self.folder.mkdir()
+        say("loading the weights")
+        config, self.tokenizer = source.config_of(path), source.tokenizer_of(path)
+        self.family = families.family_of(config.model_type)
+        self.config = config
+        model: Any = load_path(path, self.family.kind)
+        self.model = model
+        self.parameters = count_parameters(model)
+        self.plain = work / "plain"
+        model.save_pretrained(self.plain)
+        self.tokenizer.save_pretrained(self.plain)
+        shutil.copyfile(self.plain / TOKENIZER, self.folder / TOKENIZER)
+        self.task = recipe.task or SENTIMENT[self.family.kind]
+        self.probe = probe.read(recipe.probe, self.task.labels)
+        self.bundle = self._describe()
+        self.encoder = PromptEncoder(
+            self.folder / TOKENIZER, self.bundle.prefix, self.bundle.suffix, self.bundle.positions, self.task
+        )
+
+    def run(self) -> Made:
+        prompts = self.encoder.prompts(self.probe.calibrate)
+        exact = _torch_readout(self.model, self.family.kind, prompts[:8])
+        smoothed: Smoothed | None = None
+        read: Mapping[str, torch.Tensor] = {}
+        if "int8" in self.recipe.variants:
+            self.say("smoothing activations")
+            smoothed, read = smooth(self.model, self.family, prompts, rounding.WEIGHT_BITS)
+        graph = self._export(smoothed)
+        onnx.save(graph, self.work / "model.fp32.onnx")
+        self.bundle = msgspec.structs.replace(self.bundle, slots=self.slots)
+        base = self._open("fp32", self.work)
+        _same(exact, base, prompts[:8])
+        self.choose, self.judge, self.head = base.logits(self.probe.choose), base.logits(self.probe.judge), self._head(base)
+        del base
+        self.say("measuring fp32")
+        measured = [measure("fp32", partial(self._open, "fp32", self.work), self.work / "model.fp32.onnx", self.probe, None)]
+        for name in self.recipe.variants:
+            self.say(f"making and measuring {name}")
+            if name == "fp32":
+                shutil.copyfile(self.work / "model.fp32.onnx", self.folder / "model.fp32.onnx")
+                continue
+            if name == "int8":
+                self._int8(graph, read, prompts)
+            else:
+                self._gguf(name)
+            path = self.folder / self._variant(name, 1.0, 0.0).file
+            measured.append(measure(name, partial(self._open, name), path, self.probe, self.judge))
+            self._refuse(measured[-1])
+        return self._finish(tuple(measured))
+
+    # Description ------------------------------------------------------------------------------------------------------
+    def _describe(self) -> Bundle:
+        """All that is known before any variant exists."""
+        config, kind = self.config, self.family.kind
+        prefix, suffix = source.frame(self.tokenizer, kind)
+        encoder = PromptEncoder(self.folder / TOKENIZER, prefix, suffix, int(config.max_position_embeddings), self.task)
+        words = tuple(tuple(ids) for ids in encoder.words()) if kind == "decoder" else ()
+        layers = int(config.num_hidden_layers)
+        return Bundle(
+            schema=SCHEMA,
+            kind=kind,
+            base=_anywhere(self.asset.reference),
+            base_sha256=self.asset.sha256,
+            license=self.asset.license,
+            parameters=self.parameters,
+            width=int(config.hidden_size),
+            layers=layers,
+            split=layers - -(-layers // 3),
+            positions=int(config.max_position_embeddings),
+            prefix=prefix,
+            suffix=suffix,
+            end=source.end_of_text(config, self.tokenizer),
+            slots=(),
+            task=self.task,
+            label_ids=words,
+            variants=(),
+            files={},
+        )
+
+    def _variant(self, name: str, r: float, kl: float) -> Variant:
+        if name in ("int8", "fp32"):
+            return Variant(name, "onnxruntime", surgery.MINIMUM, f"model.{name}.onnx", r, kl)
+        return Variant(name, "llama.cpp", LLAMA_MINIMUM, f"model.{name}.gguf", r, kl)
+
+    def _open(self, name: str, folder: Path | None = None) -> Any:
+        """An engine on a variant that is not described yet."""
+        variant, folder = self._variant(name, 1.0, 0.0), folder or self.folder
+        shutil.copyfile(self.plain / TOKENIZER, folder / TOKENIZER)
+        files = {file: digest(folder / file) for file in (TOKENIZER, variant.file)}
+        bundle = msgspec.structs.replace(self.bundle, variants=(variant,), files=files)
+        return open_engine(folder, bundle, self.task, name, self.recipe.threads)
+
+    # Variants ---------------------------------------------------------------------------------------------------------
+    def _export(self, smoothed: Smoothed | None) -> onnx.ModelProto:
+        """The fp32 graph with LoRA inputs and all outputs."""
+        self.say("exporting to ONNX through optimum")
+        folder = self.work / "smoothed"
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        model = source.export(folder, self.family.kind, self.work / "exported")
+        surgery.set_opset(model)
+        graph, family = model.graph, self.family
+        columns, rows = (_numpy(s) for s in (smoothed.columns, smoothed.rows)) if smoothed else ({}, {})
+        self.slots = surgery.add_lora(graph, self.recipe.slots or family.slots, columns, rows)
+        if family.kind == "decoder":
+            surgery.decoder_readout(graph)
+            if family.plain_attention and (rotary := source.rotary_of(self.model)) is not None:
+                layers = [f"{family.layers}.{i}.self_attn" for i in range(self.bundle.layers)]
+                surgery.fuse_attention(graph, layers, rotary)
+        else:
+            surgery.encoder_readout(graph, self.bundle.width)
+        first = f"{family.layers}.{self.bundle.split}"
+        surgery.expose_hidden(graph, surgery.entering(graph, first), self.bundle.width)
+        surgery.prune(graph)
+        return model
+
+    def _head(self, engine: OnnxEngine) -> Head:
+        """The class rows; of words of several tokens the rows of their first ones."""
+        if self.family.kind == "encoder":
+            return engine.head
+        table = self.model.get_output_embeddings().weight.detach().numpy()
+        return Head(table[[ids[0] for ids in self.bundle.label_ids]], self.task.scale)
+
+    def _int8(self, model: onnx.ModelProto, read: Mapping[str, torch.Tensor], prompts: Sequence[Ids]) -> None:
+        """Rounds the weights; gives layers finer activations, the worst first, until the texts for choosing agree."""
+        places = list(sites(self.model, self.family))
+        rounded = rounding.round_all(places, read)
+        matrices = {
+            name: int8.IntMatrix(r.integers.numpy().T.astype(np.int8).copy(), r.scale.numpy()) for name, r in rounded.items()
+        }
+        score = partial(_margin, self.family.kind, self.head)
+        harm = rounding.damage(self.model, places, rounded, prompts[:32], score)
+        cost = {place.name: sum(linear.weight.numel() for linear in place.linears) for place in places}
+        order = sorted(harm, key=lambda name: harm[name] / cost[name], reverse=True)
+        members = {place.name: place.names for place in places}
+        goal = 1 - 0.4 * (1 - self.recipe.floor)  # well above the floor, since it is measured on few texts
+        for share in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1):
+            fine = {name for site in order[: round(share * len(order))] for name in members[site]}
+            self._write_int8(model, matrices, fine)
+            chosen = probe.compare(self.choose, self._open("int8").logits(self.probe.choose))
+            self.say(f"int8 with {share:.0%} of the layers' activations in 16 bits: r = {chosen.r:.4f}")
+            if chosen.r >= goal:
+                break
+
+    def _write_int8(self, model: onnx.ModelProto, matrices: Mapping[str, int8.IntMatrix], fine: set[str]) -> None:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        tables = {w.name for w in copy.graph.initializer if w.name.endswith(("embed_tokens.weight", "word_embeddings.weight"))}
+        tables |= {w.name for w in copy.graph.initializer if w.name == "lm_head.weight"}
+        int8.quantize(copy.graph, matrices, fine, tables)
+        surgery.prune(copy.graph)
+        onnx.save(copy, self.folder / "model.int8.onnx")
+
+    def _gguf(self, quant: str) -> None:
+        if self.family.kind != "decoder":
+            raise DataError(f"variant {quant!r}: only decoders become GGUF here; an encoder runs in ONNX Runtime")
+        from edge_export import gguf
+
+        gguf.write(self.plain, self.folder / f"model.{quant}.gguf", quant)
+
+    def _refuse(self, measured: Measured) -> None:
+        """Raises: DataError: the variant is below the floor."""
+        r = measured.agreement.r
+        if not r >= self.recipe.floor:
+            raise DataError(
+                f"variant {measured.name!r} agrees with fp32 at r = {r:.4f}, below the floor of {self.recipe.floor}: nothing "
+                "was written. Try a finer variant (q8_0, fp32), texts nearer to what devices read (--probe), or, if you can "
+                "live with it, --floor"
+            )
+
+    # Finish -----------------------------------------------------------------------------------------------------------
+    def _finish(self, measured: tuple[Measured, ...]) -> Made:
+        """Golden vectors, the page to look at, and `bundle.json`."""
+        self.say("writing golden vectors")
+        agreements = {m.name: m.agreement for m in measured}
+        variants = tuple(self._variant(n, agreements[n].r, agreements[n].kl) for n in self.recipe.variants)
+        self._golden(variants)
+        made = Made(self.bundle, measured, self.probe, self.recipe.threads)
+        (self.folder / report.NAME).write_text(report.page(made), encoding="utf-8")
+        files = {path.name: digest(path) for path in sorted(self.folder.iterdir())}
+        bundle = msgspec.structs.replace(self.bundle, variants=variants, files=files)
+        (self.folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(bundle), indent=1) + b"\n")
+        return replace(made, bundle=bundle)
+
+    def _golden(self, variants: Sequence[Variant]) -> None:
+        spec = AdapterSpec(self.slots, rank=2, alpha=4.0)
+        rng = np.random.default_rng(0)
+        arrays = {
+            name: (rng.normal(0, 0.05 if "lora_B" in name else shape[1] ** -0.5, shape)).astype(np.float32)
+            for name, shape in spec.shapes().items()
+        }
+        save_file(row_major(arrays), self.folder / golden.ADAPTER)
+        sequences = tuple(tuple(ids) for ids in self.encoder.prompts(self.probe.judge[:6]))
+        vectors = Golden(sequences, spec.rank, spec.alpha, {})
+        for variant in variants:
+            base, adapted = golden.answers(self._open(variant.name), vectors, Adapter(arrays, spec))
+            size = float(np.std(base) + np.std(adapted)) + 1e-3
+            tolerance = (0.002 if variant.name == "fp32" else 0.1) * size
+            vectors.expected[variant.name] = Expected(base, adapted, tolerance)
+        (self.folder / golden.JSON).write_bytes(msgspec.json.encode(vectors) + b"\n")
 
 
-def _export(plain: Path, kind: Kind, folder: Path) -> onnx.ModelProto:
-    try:
-        from optimum.exporters.onnx import main_export
-    except ImportError as error:
-        raise AssetError("exporting needs the export extra: pip install 'tandem-edge[export]'") from error
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of is optimum's to mend
-    task = "text-generation" if kind == "decoder" else "feature-extraction"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's constants are constants; tests compare the graph with torch
-        main_export(str(plain), output=folder, task=task, do_validation=False, library_name="transformers")
-    return onnx.load(folder / "model.onnx")
+def _margin(kind: Kind, head: Any, model: Any, ids: Ids) -> torch.Tensor:
+    """How far the first class's score lies from the mean of all."""
+    scores = readout(model, kind, [ids]) @ torch.from_numpy(head.rows).T * head.scale
+    margin: torch.Tensor = scores[0, 0] - scores[0].mean()
+    return margin
 
 
-def _frame(plain: Path, kind: Kind) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids before and after every sequence: [CLS] and [SEP] of an encoder; none for a decoder.
-
-    A GGUF tokenizer puts BOS before everything it encodes; the label words were measured without it, so it stays out.
-    """
-    if kind == "decoder":
-        return (), ()
-    tokenizer = _tokenizer(plain)
-    return (tokenizer.cls_token_id,), (tokenizer.sep_token_id,)
+def _numpy(tensors: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
-def _tokenizer(source: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    auto: Any = AutoTokenizer
-    if source.suffix == ".gguf":
-        return auto.from_pretrained(source.parent, gguf_file=source.name)
-    return auto.from_pretrained(source)
+def _torch_readout(model: Any, kind: Kind, sequences: Sequence[Ids]) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        return np.asarray(readout(model, kind, sequences).numpy())
 
 
-def _sizes(plain: Path) -> tuple[int, int]:
-    """Width of a hidden state, and the longest sequence the model was made for."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(plain)
-    return int(config.hidden_size), int(config.max_position_embeddings)
+def _same(exact: NDArray[np.float32], engine: OnnxEngine, sequences: Sequence[Ids]) -> None:
+    """Raises: DataError: the exported fp32 graph does not compute what the original weights compute in torch."""
+    found = engine.readout(sequences)
+    error = float(np.abs(found - exact).max() / np.abs(exact).max())
+    if not error < 1e-3:
+        raise DataError(
+            f"the exported graph differs from the model in torch by {error:.1e}; this exporter does not fit this model"
+        )
 
 
 def _anywhere(reference: str) -> str:

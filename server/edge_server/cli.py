@@ -66,7 +66,7 @@ async def _serve(args: argparse.Namespace) -> None:
         )
     settings = run_settings.load(args.config)
     bundle = bundles.read(args.bundle)
-    bundles.verify(args.bundle, bundle)
+    bundles.verify(args.bundle, bundle.files)
     ledger = Ledger(settings, run_settings.manifest(settings, bundle), args.data, _say)
     for name, file in bundle.files.items():
         ledger.blobs.adopt(args.bundle / name, file.sha256)

@@ -1,13 +1,15 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+BIN5 := .venv5/bin
 SLM ?= minilm
 
-.PHONY: help setup demo test unit lint bench clean
+.PHONY: help setup demo test test-transformers5 unit lint bench clean
 
 help:
 	@echo "make demo            four devices learn sentiment together (SLM=smollm2 for the decoder, slower)"
 	@echo "make test            lint, types and every test"
+	@echo "make test-transformers5  the tests of training and server under transformers 5, in .venv5"
 	@echo "make unit            the fast tests only"
 	@echo "make bench NAME=lpfl print a benchmark's table and write runs/bench/NAME.json"
 
@@ -25,6 +27,17 @@ demo: setup
 test: setup lint
 	$(BIN)/python -m pytest
 
+# .venv makes the tests' tiny bundles: there is no exporter for transformers 5. They name their models by full path.
+test-transformers5: setup $(BIN5)/.ready
+	$(BIN)/python -m tests.factories runs/transformers5
+	TANDEM_TEST_BUNDLES=$(CURDIR)/runs/transformers5 $(BIN5)/python -m pytest
+
+$(BIN5)/.ready: pyproject.toml constraints-transformers5.txt
+	$(PYTHON) -m venv .venv5
+	$(BIN5)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-transformers5.txt \
+		--editable '.[train,server]' 'transformers>=5' hypothesis pytest pytest-asyncio pytest-timeout rich
+	@touch $@
+
 unit: setup
 	$(BIN)/python -m pytest -m 'not slow'
 
@@ -37,4 +50,4 @@ bench: setup
 	$(BIN)/python -m bench $(NAME) --json runs/bench/$(NAME).json
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv5 runs .mypy_cache .ruff_cache .pytest_cache

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from bench.report import show
 
-BENCHES = {"lpfl": "LP-FL against its baselines", "lpfl_settings": "how LP-FL's settings were chosen, on validation text"}
+BENCHES = {
+    "lpfl": "LP-FL against its baselines",
+    "lpfl_settings": "how LP-FL's settings were chosen, on validation text",
+    "engines": "quantized bundles against transformers fp32: agreement, speed, size, swaps",
+}
 
 
 def main() -> int:

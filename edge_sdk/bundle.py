@@ -174,6 +174,6 @@ def older(version: str, minimum: str) -> bool:
     """Whether version numbers such as `1.22.1` come before `1.23`."""
 
     def numbers(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text)[:3]]
+        return [int(part) for part in (re.findall(r"\d+", text) + ["0"] * 3)[:3]]
 
     return numbers(version) < numbers(minimum)

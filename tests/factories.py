@@ -1,15 +1,20 @@
-"""Models of a few thousand parameters and values with defaults, made on the spot."""
+"""Models of a few thousand parameters and values with defaults, made on the spot.
+
+`python -m tests.factories FOLDER` leaves the bundles there, for tests in an environment without an exporter.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from edge_sdk.adapters import AdapterSpec, Slot
+from edge_sdk.assets import Asset
 from edge_sdk.bundle import SCHEMA, Bundle
 from edge_sdk.protocol import PROTOCOL, Manifest
 from edge_sdk.tasks import Kind, Task
@@ -77,3 +82,22 @@ def write_model(folder: Path, kind: Kind) -> Path:
             config = hf.LlamaConfig(**sizes, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=True)
             hf.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def write_bundle(folder: Path, kind: Kind) -> Path:
+    """The bundle of `write_model`; it names the model's folder by its full path."""
+    from edge_export.bundle import Recipe, make
+
+    model = write_model(folder.resolve() / kind / "model", kind)
+    make(Asset(str(model)), bundle_path(folder, kind), Recipe(("fp32",), task=task(kind), probe=PROBE))
+    return bundle_path(folder, kind)
+
+
+def bundle_path(folder: Path, kind: Kind) -> Path:
+    """Where `write_bundle` puts it."""
+    return folder / kind / "bundle"
+
+
+if __name__ == "__main__":
+    for each in get_args(Kind):
+        write_bundle(Path(sys.argv[1]), each)

@@ -85,6 +85,8 @@ def compare(reference: NDArray[np.float32], scores: NDArray[np.float32], labels:
 
 def correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Of two classes that of the differences between their scores; 0 where one side never varies."""
+    if not len(a):
+        return 0.0
     x, y = _centred(a), _centred(b)
     size = float(np.sqrt((x * x).sum() * (y * y).sum()))
     return float((x * y).sum()) / size if size > 0 else 0.0

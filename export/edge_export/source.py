@@ -74,9 +74,11 @@ def export(plain: Path, kind: Kind, folder: Path) -> onnx.ModelProto:
         from optimum.exporters.onnx import main_export
     except ImportError as error:
         raise AssetError("exporting needs the export extra: pip install 'tandem-edge[export]'") from error
+    from optimum.utils import logging as chatter
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it warns of is optimum's to mend
+    chatter.set_verbosity_error()  # what both warn of is for the people who write exporters
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     task = "text-generation-with-past" if kind == "decoder" else "feature-extraction"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's constants are constants; `_same` compares the graph with torch

@@ -1,0 +1,449 @@
+"""llama.cpp on a bundle: class scores, next tokens, text and vectors, with any adapter swapped in.
+
+Many short texts run in one decode, each as a sequence of its own, and only their last tokens ask for an output. What all
+prompts of the task begin with is read once for each adapter, in sequence 0, and shared with the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_float, c_int8, c_int32, create_string_buffer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.adapters import Adapter, mismatch, shapes_of
+from edge_sdk.bundle import TOKENIZER, Bundle, Variant, older
+from edge_sdk.engines import Sampling, TopK, gguf_adapter, sample
+from edge_sdk.errors import DataError
+from edge_sdk.tasks import Head, Task, log_softmax, softmax
+from edge_sdk.tokens import Ids, PromptEncoder
+
+BATCH = 32  # sequences in one decode
+TOKENS = 512  # tokens in one decode, unless a single text has more
+LOADED = 4  # adapters kept in memory
+
+_lib: Any = llama_cpp
+_log = logging.getLogger(__name__)
+_ERROR = 3  # ggml's level
+_SHARED = 0  # the sequence that holds what all prompts begin with
+
+
+@_lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _: Any) -> None:
+    if level == _ERROR:
+        _log.error("llama.cpp: %s", text.decode(errors="replace").strip())
+
+
+_lib.llama_log_set(_on_log, None)  # the module keeps the callback alive for as long as llama.cpp may call it
+
+
+class _Handles:
+    """What llama.cpp allocated, freed in the order it needs."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.context: Any = None
+        self.adapters: list[Any] = []
+
+    def free(self) -> None:
+        if self.context is not None:
+            _lib.llama_free(self.context)
+        for adapter in self.adapters:
+            _lib.llama_adapter_lora_free(adapter)
+        if self.model is not None:
+            _lib.llama_model_free(self.model)
+        self.model, self.context, self.adapters = None, None, []
+
+
+class _Runtime:
+    """A model and a context of llama.cpp that grows with what is asked of it.
+
+    Raises:
+        DataError: llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._threads, self._size = threads, 0
+        self._worn: Any = None
+        self._hidden = False
+        self._handles = _Handles()
+        self.close = weakref.finalize(self, self._handles.free)  # also at exit, before modules are torn down
+        params = _lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._handles.model = _lib.llama_model_load_from_file(str(path).encode(), params) if path.is_file() else None
+        if not self._handles.model:
+            raise DataError(
+                f"llama.cpp ({_lib.__version__}) cannot load {path}; fetch the bundle again, or upgrade llama-cpp-python"
+            )
+        model = self._handles.model
+        self.vocabulary = int(_lib.llama_vocab_n_tokens(_lib.llama_model_get_vocab(model)))
+        self.width = int(_lib.llama_model_n_embd(model))
+        self.layers = int(_lib.llama_model_n_layer(model))
+        self.heads = int(_lib.llama_model_n_head(model))
+        self.kv_heads = int(_lib.llama_model_n_head_kv(model))
+        self.architecture = self._meta("general.architecture")
+
+    def _meta(self, key: str) -> str:
+        buffer = create_string_buffer(256)
+        found = _lib.llama_model_meta_val_str(self._handles.model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if found >= 0 else ""
+
+    def fit(self, tokens: int) -> bool:
+        """Makes room for this many tokens at once; True where that threw away what was read before."""
+        if tokens <= self._size:
+            return False
+        if self._handles.context is not None:
+            _lib.llama_free(self._handles.context)
+            self._handles.context = None
+        self._size = -(-tokens // 256) * 256
+        self._handles.context = _lib.llama_init_from_model(self._handles.model, self._context_params())
+        if not self._handles.context:
+            self._handles.context, self._size = None, 0
+            raise DataError(f"llama.cpp could not make a context of {tokens} tokens; is there enough memory?")
+        self.wear(self._worn)
+        self.ask_hidden(self._hidden)
+        return True
+
+    def _context_params(self) -> Any:
+        params = _lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = self._size
+        params.n_ubatch = min(self._size, TOKENS)
+        params.n_seq_max = 1 + 2 * BATCH  # the shared one, the texts, and for each a copy to try words on
+        params.n_outputs_max = params.n_seq_max  # otherwise one row of the whole vocabulary for each token
+        params.n_threads = params.n_threads_batch = self._threads
+        params.flash_attn_type = _lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.kv_unified = True  # a copied sequence shares its cells
+        params.swa_full = True  # a window that forgets cannot be shared
+        params.no_perf = True
+        return params
+
+    def load_adapter(self, path: Path) -> Any:
+        """None where llama.cpp refuses the file."""
+        loaded = _lib.llama_adapter_lora_init(self._handles.model, str(path).encode())
+        if loaded:
+            self._handles.adapters.append(loaded)
+        return loaded or None
+
+    def free_adapter(self, adapter: Any) -> None:
+        self._handles.adapters.remove(adapter)
+        _lib.llama_adapter_lora_free(adapter)
+
+    def wear(self, adapter: Any) -> None:
+        """Uses a loaded adapter, or none, and forgets what was read.
+
+        Raises:
+            DataError: llama.cpp refuses it; the old one stays.
+        """
+        if self._handles.context is not None:
+            count = 0 if adapter is None else 1
+            adapters = (_lib.llama_adapter_lora_p_ctypes * count)(*[adapter][:count])
+            if _lib.llama_set_adapters_lora(self._handles.context, adapters, count, (c_float * count)(*[1.0][:count])):
+                raise DataError("llama.cpp refuses the adapter")
+            _lib.llama_memory_clear(self._memory, False)
+        self._worn = adapter
+
+    @property
+    def _memory(self) -> Any:
+        return _lib.llama_get_memory(self._handles.context)
+
+    def copy(self, source: int, target: int) -> None:
+        _lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def forget(self, sequence: int) -> None:
+        _lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def ask_hidden(self, wanted: bool) -> None:
+        """Whether outputs are hidden states, besides scores."""
+        self._hidden = wanted
+        if self._handles.context is not None:
+            _lib.llama_set_embeddings(self._handles.context, wanted)
+
+    def decode(self, parts: Sequence[tuple[int, int, Ids]]) -> list[int]:
+        """Reads (sequence, first position, tokens) parts at once; the batch index of each part's last token.
+
+        Raises:
+            DataError: llama.cpp reports a failure.
+        """
+        lengths = [len(ids) for _, _, ids in parts]
+        token = np.concatenate([np.asarray(ids, np.int32) for _, _, ids in parts])
+        if token.min() < 0 or token.max() >= self.vocabulary:
+            raise DataError(f"token id {int(token.max())} is not in the model's vocabulary of {self.vocabulary}; export again")
+        position = np.concatenate([np.arange(at, at + len(ids), dtype=np.int32) for _, at, ids in parts])
+        sequence = np.repeat(np.array([s for s, _, _ in parts], np.int32), lengths)
+        last = np.cumsum(lengths) - 1
+        wanted = np.zeros(len(token), np.int8)
+        wanted[last] = 1
+        if code := _decode(self._handles.context, token, position, sequence, wanted):
+            raise DataError(f"llama.cpp could not read {len(token)} tokens (code {code})")
+        return [int(i) for i in last]
+
+    def scores(self, index: int) -> NDArray[np.float32]:
+        """Scores (vocabulary,) of the token after a batch index; valid until the next decode."""
+        pointer = _lib.llama_get_logits_ith(self._handles.context, index)
+        return np.ctypeslib.as_array(pointer, (self.vocabulary,))
+
+    def hidden(self, index: int) -> NDArray[np.float32]:
+        """Final hidden state (width,) at a batch index; valid until the next decode."""
+        pointer = _lib.llama_get_embeddings_ith(self._handles.context, index)
+        return np.ctypeslib.as_array(pointer, (self.width,))
+
+
+def _decode(
+    context: Any, token: NDArray[np.int32], position: NDArray[np.int32], sequence: NDArray[np.int32], wanted: NDArray[np.int8]
+) -> int:
+    """One llama_decode over arrays, each token in one sequence."""
+    ones = np.ones(len(token), np.int32)
+    pointers = sequence.ctypes.data + sequence.itemsize * np.arange(len(token), dtype=np.uintp)
+    batch = _lib.llama_batch(n_tokens=len(token))
+    batch.token = token.ctypes.data_as(POINTER(c_int32))
+    batch.pos = position.ctypes.data_as(POINTER(c_int32))
+    batch.n_seq_id = ones.ctypes.data_as(POINTER(c_int32))
+    batch.seq_id = pointers.ctypes.data_as(POINTER(POINTER(c_int32)))
+    batch.logits = wanted.ctypes.data_as(POINTER(c_int8))
+    return int(_lib.llama_decode(context, batch))
+
+
+class GgufEngine:
+    """Runs one GGUF variant of a bundle folder for one task.
+
+    Args:
+        folder: the bundle; its files are trusted to be verified.
+        threads: of llama.cpp.
+
+    Raises:
+        DataError: the task's words do not fit the bundle's tokenizer, or this llama.cpp cannot run the file.
+    """
+
+    def __init__(self, folder: Path, bundle: Bundle, variant: Variant, task: Task, threads: int = 1) -> None:
+        if older(_lib.__version__, variant.minimum):
+            raise DataError(
+                f"variant {variant.name!r} needs llama-cpp-python {variant.minimum}, this is {_lib.__version__}: "
+                "pip install --upgrade llama-cpp-python"
+            )
+        if bundle.kind != "decoder":
+            raise DataError(f"variant {variant.name!r} is an encoder, which runs in ONNX Runtime only; choose another variant")
+        self.encoder = PromptEncoder(folder / TOKENIZER, bundle.prefix, bundle.suffix, bundle.positions, task)
+        self._path, self._bundle, self._task = folder / variant.file, bundle, task
+        self._words = self.encoder.words()
+        self._slots = {slot.a: slot for slot in bundle.slots}
+        self._loaded: list[tuple[Adapter, Any]] = []  # the one used last comes last
+        self._holds = False  # whether sequence 0 holds what all prompts begin with
+        self._head: Head | None = None
+        self._runtime = _Runtime(self._path, threads)
+
+    def close(self) -> None:
+        """Frees the model; the engine cannot be used afterwards."""
+        self._loaded = []
+        self._runtime.close()
+
+    @property
+    def head(self) -> Head:
+        """Raises: DataError: a label word is more than one token, and so no row of the vocabulary."""
+        longest = max(range(len(self._words)), key=lambda i: len(self._words[i]))
+        if len(self._words[longest]) > 1:
+            raise DataError(
+                f"label word {self._task.verbalizer[longest][0]!r} is {len(self._words[longest])} tokens here: it can be scored, "
+                "but training needs words of one token, with their leading space"
+            )
+        if self._head is None:
+            self._head = Head(_output_rows(self._path, [ids[0] for ids in self._words]), self._task.scale)
+        return self._head
+
+    # Adapters ---------------------------------------------------------------------------------------------------------
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Uses an adapter from the next call on; None goes back to the base model. Its arrays must not change afterwards.
+
+        Raises:
+            DataError: names or shapes do not fit the spec, or the spec does not fit this bundle; the old one stays.
+        """
+        handle = None
+        if adapter is not None:
+            handle = self._find(adapter)
+            if handle is None:
+                self._check(adapter)
+                handle = self._load(adapter)
+        self._runtime.wear(handle)
+        self._holds = False
+        while len(self._loaded) > LOADED:
+            self._runtime.free_adapter(self._loaded.pop(0)[1])
+
+    def _find(self, adapter: Adapter) -> Any:
+        """The handle of an adapter that is still loaded; a few hundred bytes compared, not its arrays."""
+        for i, (known, handle) in enumerate(self._loaded):
+            if known.arrays is adapter.arrays and known.spec == adapter.spec:
+                self._loaded.append(self._loaded.pop(i))
+                return handle
+        return None
+
+    def _check(self, adapter: Adapter) -> None:
+        if problem := mismatch(shapes_of(adapter.arrays), adapter.spec.shapes()):
+            raise DataError(f"the adapter does not fit: {problem}")
+        unknown = [slot.module for slot in adapter.spec.slots if slot != self._slots.get(slot.a)]
+        if unknown:
+            raise DataError(f"this bundle has no adapter slot for {unknown[0]}")
+
+    def _load(self, adapter: Adapter) -> Any:
+        model = self._runtime
+        with tempfile.TemporaryDirectory(prefix="edge-adapter-") as folder:
+            path = Path(folder) / "adapter.gguf"
+            gguf_adapter.write(path, adapter, model.architecture, model.heads, model.kv_heads, model.layers)
+            handle = model.load_adapter(path)
+        if handle is None:
+            raise DataError("llama.cpp cannot load the adapter; it does not fit this GGUF file")
+        self._loaded.append((adapter, handle))
+        return handle
+
+    # Answers ----------------------------------------------------------------------------------------------------------
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Class scores (n, n_classes) before the softmax; of words of several tokens the sum of their log-probabilities."""
+        return self._classes(self.encoder.prompts(texts), shared=True)
+
+    def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
+        """The same for token ids as they stand."""
+        return self._classes(sequences, shared=False)
+
+    def _classes(self, prompts: Sequence[Ids], shared: bool) -> NDArray[np.float32]:
+        out = np.zeros((len(prompts), len(self._words)), np.float32)
+        first = np.array([ids[0] for ids in self._words])
+        single = all(len(ids) == 1 for ids in self._words)
+        for batch, sequences, indices in self._batches(prompts, shared):
+            if single:
+                out[batch] = [self._runtime.scores(i)[first] for i in indices]
+            else:
+                out[batch] = self._word_logprobs([len(prompts[i]) for i in batch], sequences, indices)
+        return np.asarray(self._task.scale * out, np.float32)
+
+    def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Class probabilities (n, n_classes), in the order of `texts`."""
+        return softmax(self.logits(texts))
+
+    def top_k(self, texts: Sequence[str], k: int) -> TopK:
+        """The next token after each text as it stands."""
+        sequences = self.encoder.plain(texts)
+        k = min(k, self._runtime.vocabulary)
+        found = np.zeros((len(sequences), k), np.int64)
+        logprobs = np.zeros((len(sequences), k), np.float32)
+        for batch, _, indices in self._batches(sequences):
+            rows = log_softmax(np.stack([self._runtime.scores(i) for i in indices]))
+            found[batch] = np.argsort(-rows, axis=1, kind="stable")[:, :k]
+            logprobs[batch] = np.take_along_axis(rows, found[batch], axis=1)
+        return TopK(found, logprobs)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit-length vectors (n, width): the last hidden state."""
+        rows = self.readout(self.encoder.plain(texts))
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12), np.float32)
+
+    def readout(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
+        """The last hidden state of token ids as they stand, (n, width)."""
+        out = np.zeros((len(sequences), self._runtime.width), np.float32)
+        self._runtime.ask_hidden(True)
+        try:
+            for batch, _, indices in self._batches(sequences):
+                out[batch] = [self._runtime.hidden(i) for i in indices]
+        finally:
+            self._runtime.ask_hidden(False)
+        return out
+
+    def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
+        """What the model writes after `prompt`, up to its end token."""
+        rng = np.random.default_rng(sampling.seed)
+        ids = self.encoder.plain([prompt])[0]
+        room = min(sampling.max_tokens, self._bundle.positions - len(ids))
+        self._fit(self._start + len(ids) + max(room, 0))
+        written: Ids = []
+        try:
+            for _ in range(room):
+                at = len(ids) - 1 + len(written) if written else 0
+                (index,) = self._runtime.decode([(1, at, [written[-1]] if written else ids)])
+                token = sample(self._runtime.scores(index), sampling, rng)
+                if token in self._bundle.end:
+                    break
+                written.append(token)
+        finally:
+            self._runtime.forget(1)
+        return self.encoder.decode(written)
+
+    # Running ----------------------------------------------------------------------------------------------------------
+    @property
+    def _start(self) -> int:
+        return len(self.encoder.shared)
+
+    def _fit(self, tokens: int) -> None:
+        if self._runtime.fit(tokens):
+            self._holds = False
+
+    def _batches(self, sequences: Sequence[Ids], shared: bool = False) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Reads sequences batch by batch, short ones first.
+
+        Args:
+            shared: all of them begin with `encoder.shared`.
+
+        Yields:
+            Which of them were read, the sequence ids that hold them, and the batch indices of their last tokens.
+        """
+        start = self._start if shared and all(len(ids) > self._start for ids in sequences) else 0
+        words = max(len(ids) for ids in self._words)
+        for batch in _by_length([len(ids) - start + words for ids in sequences]):
+            self._fit(self._start + max(TOKENS, sum(len(sequences[i]) - start + words for i in batch)))
+            used = list(range(1, len(batch) + 1))
+            try:
+                if start:
+                    self._read_shared()
+                    for sequence in used:
+                        self._runtime.copy(_SHARED, sequence)
+                parts = [(s, start, sequences[i][start:]) for s, i in zip(used, batch, strict=True)]
+                yield batch, used, self._runtime.decode(parts)
+            finally:
+                for sequence in used:
+                    self._runtime.forget(sequence)
+
+    def _read_shared(self) -> None:
+        if not self._holds:
+            self._runtime.decode([(_SHARED, 0, self.encoder.shared)])
+            self._holds = True
+
+    def _word_logprobs(self, lengths: list[int], sequences: list[int], indices: list[int]) -> NDArray[np.float32]:
+        """Sum of the log-probabilities of each class's word, token by token; the texts just read are not read again."""
+        first = log_softmax(np.stack([self._runtime.scores(i) for i in indices]))
+        out = first[:, [ids[0] for ids in self._words]]
+        for column, word in enumerate(self._words):
+            tries = [sequence + BATCH for sequence in sequences]
+            for source, target in zip(sequences, tries, strict=True):
+                self._runtime.copy(source, target)
+            for at, (token, following) in enumerate(pairwise(word)):
+                asked = self._runtime.decode([(s, n + at, [token]) for s, n in zip(tries, lengths, strict=True)])
+                out[:, column] += log_softmax(np.stack([self._runtime.scores(i) for i in asked]))[:, following]
+            for target in tries:
+                self._runtime.forget(target)
+        return out
+
+
+def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Index batches of at most BATCH sequences and TOKENS tokens, the shortest first; a longer one stands alone."""
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == BATCH or tokens + lengths[i] > TOKENS):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += lengths[i]
+    if batch:
+        yield batch
+
+
+def _output_rows(path: Path, ids: list[int]) -> NDArray[np.float32]:
+    """Rows of the output head, which are those of the token embeddings where the model ties them."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    table = tensors.get("output.weight") or tensors["token_embd.weight"]
+    return np.array(gguf.quants.dequantize(np.ascontiguousarray(table.data[ids]), table.tensor_type), np.float32)

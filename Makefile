@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BIN5 := .venv5/bin
 SLM ?= minilm
+GGUF ?=
 
 .PHONY: help setup demo test test-transformers5 unit lint bench clean
 
@@ -10,15 +11,22 @@ help:
 	@echo "make demo            four devices learn sentiment together (SLM=smollm2 for the decoder, slower)"
 	@echo "make test            lint, types and every test"
 	@echo "make test-transformers5  the tests of training and server under transformers 5, in .venv5"
+	@echo "make setup GGUF=1    compile llama.cpp too; make test then runs the GGUF tests"
 	@echo "make unit            the fast tests only"
 	@echo "make bench NAME=lpfl print a benchmark's table and write runs/bench/NAME.json"
 
-setup: $(BIN)/.ready
+setup: $(BIN)/.ready $(if $(GGUF),$(BIN)/.gguf)
 
 $(BIN)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tandem-edge needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(BIN)/.gguf: $(BIN)/.ready
+	@echo "compiling llama.cpp: some minutes"
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(getconf _NPROCESSORS_ONLN) \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python
 	@touch $@
 
 demo: setup

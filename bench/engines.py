@@ -84,7 +84,17 @@ def _model(slm: str) -> Model:
     movie = fleet.domains()["movie"]
     rng = np.random.default_rng(0)
     tests = [movie.test[i] for i in rng.permutation(len(movie.test))[: DRAWS * PER_DRAW]]
-    return Model(slm, folder, bundle, _trained(folder, bundle, [movie.train[i] for i in range(64)]), tests)
+    return Model(slm, folder, bundle, _trained(folder, bundle, _balanced(movie.train, 64, rng)), tests)
+
+
+def _balanced(examples: Sequence[Example], count: int, rng: np.random.Generator) -> list[Example]:
+    """As many of each class, in no order."""
+    chosen = [e for label in (0, 1) for e in _some([e for e in examples if e.label == label], count // 2, rng)]
+    return _some(chosen, count, rng)
+
+
+def _some(examples: Sequence[Example], count: int, rng: np.random.Generator) -> list[Example]:
+    return [examples[i] for i in rng.permutation(len(examples))[:count]]
 
 
 def _trained(folder: Path, bundle: bundles.Bundle, examples: Sequence[Example]) -> Adapter:
@@ -224,7 +234,7 @@ def _swaps() -> dict[str, Any]:
 
 _IMPORT = "import numpy, time; t = time.perf_counter(); import edge_sdk; print(time.perf_counter() - t)"
 _AGENT = """
-import resource, sys
+import sys
 from pathlib import Path
 import edge_sdk.agent, edge_sdk.transport
 from edge_sdk import bundle as bundles
@@ -232,7 +242,8 @@ from edge_sdk.engines import open_engine
 folder = Path(sys.argv[1])
 engine = open_engine(folder, bundles.read(folder))
 engine.score(["it was a day like any other, and the film was long"] * 64)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)  # ru_maxrss has the parent's
 """
 
 

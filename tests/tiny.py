@@ -46,7 +46,9 @@ def build(model_type: str, **changes: Any) -> Any:
     if model_type == "bert":
         return hf.BertModel(hf.BertConfig(**{**SIZES, **changes}))
     if model_type == "gemma3_text":
-        return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**{**GROUPED, "head_dim": 8, "sliding_window": 8, **changes}))
+        return hf.Gemma3ForCausalLM(
+            hf.Gemma3TextConfig(**{**GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, **changes})
+        )
     names = {"llama": "Llama", "qwen2": "Qwen2"}
     name = names[model_type]
     return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**{**GROUPED, **changes}))

@@ -27,8 +27,8 @@ from edge_sdk.errors import DataError
 from edge_sdk.tasks import Head, Task, log_softmax, softmax
 from edge_sdk.tokens import Ids, PromptEncoder
 
-BATCH = 32  # sequences in one decode
-TOKENS = 512  # tokens in one decode, unless a single text has more
+BATCH = 16  # sequences in one decode
+TOKENS = 256  # tokens in one decode, unless a single text has more: they all attend to all cells, most of them masked
 LOADED = 4  # adapters kept in memory
 
 _lib: Any = llama_cpp
@@ -110,7 +110,6 @@ class _Runtime:
             self._handles.context, self._size = None, 0
             raise DataError(f"llama.cpp could not make a context of {tokens} tokens; is there enough memory?")
         self.wear(self._worn)
-        self.ask_hidden(self._hidden)
         return True
 
     def _context_params(self) -> Any:
@@ -118,9 +117,11 @@ class _Runtime:
         params.n_ctx = params.n_batch = self._size
         params.n_ubatch = min(self._size, TOKENS)
         params.n_seq_max = 1 + 2 * BATCH  # the shared one, the texts, and for each a copy to try words on
-        params.n_outputs_max = params.n_seq_max  # otherwise one row of the whole vocabulary for each token
+        params.embeddings = self._hidden
+        if not self._hidden:  # which makes every token an output
+            params.n_outputs_max = params.n_seq_max  # otherwise one row of the whole vocabulary for each token
         params.n_threads = params.n_threads_batch = self._threads
-        params.flash_attn_type = _lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = _lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.kv_unified = True  # a copied sequence shares its cells
         params.swa_full = True  # a window that forgets cannot be shared
         params.no_perf = True
@@ -162,10 +163,8 @@ class _Runtime:
         _lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def ask_hidden(self, wanted: bool) -> None:
-        """Whether outputs are hidden states, besides scores."""
-        self._hidden = wanted
-        if self._handles.context is not None:
-            _lib.llama_set_embeddings(self._handles.context, wanted)
+        """Whether outputs are hidden states instead of scores; the context is made anew for either."""
+        self._hidden, self._size = wanted, 0
 
     def decode(self, parts: Sequence[tuple[int, int, Ids]]) -> list[int]:
         """Reads (sequence, first position, tokens) parts at once; the batch index of each part's last token.

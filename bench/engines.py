@@ -355,6 +355,19 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of README and docs: the rows that are engines of ours, and what they are compared with."""
+    lines = ["| model | engine | texts/s | x transformers | size | r | r, adapted | accuracy, adapted |", "| --- " * 8 + "|"]
+    for row in rows:
+        size = f"{row['size'] / 1e6:.0f} MB" if "size" in row else ""
+        cells = [row["slm"], row["engine"], f"{row['texts_per_second']['mean']:.0f}", f"{row['speedup']['mean']:.1f}", size]
+        for state in ("base", "adapted"):
+            cells.append(f"{row[state]['r']['mean']:.4f}" if state in row else "")
+        cells.append(f"{100 * row['adapted']['accuracy_delta']['mean']:+.1f}" if "adapted" in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _pm(value: dict[str, float], digits: int, scale: float = 1) -> str:
     return f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}"
 

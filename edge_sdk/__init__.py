@@ -4,6 +4,7 @@ Importing this package loads no torch, no transformers and no ONNX Runtime; they
 """
 
 from edge_sdk.device import EdgeDevice, Prediction
+from edge_sdk.engines import open_bundle
 from edge_sdk.errors import (
     AssetError,
     DataError,
@@ -26,4 +27,5 @@ __all__ = [
     "SettingsError",
     "Unreachable",
     "WireError",
+    "open_bundle",
 ]

@@ -8,11 +8,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.assets import cache_folder
+from edge_sdk.device import EdgeDevice, Prediction, predictions
+from edge_sdk.engines import open_bundle
 from edge_sdk.errors import DataError, EdgeError, SettingsError
 from edge_sdk.store import NAME, Store
 
@@ -66,9 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     alone.add_argument("--learning-rate", type=float, default=1e-3)
     alone.add_argument("--dropout", type=float, default=0.1)
     alone.add_argument("--seed", type=int, default=0)
-    predict = verb("predict", _predict, "label texts with the newest adapter")
+    predict = verbs.add_parser("predict", help="label texts with a device's newest adapter, or with a bundle as it is")
+    predict.set_defaults(call=_predict)
+    model = predict.add_mutually_exclusive_group(required=True)
+    model.add_argument("--home", type=Path, help="folder of the device's private store")
+    model.add_argument("--bundle", type=Path, help="a bundle folder; no device and no server needed")
     predict.add_argument("texts", nargs="+")
     predict.add_argument("--server", help="URL; only needed before the first contact")
+    predict.add_argument("--variant", default="", help="of the bundle: int8, q8_0, ... (default: the one it recommends)")
     predict.add_argument("--cache", type=Path, default=cache_folder())
     predict.add_argument("--json", action="store_true")
     return parser
@@ -177,16 +184,22 @@ def _baseline(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from edge_sdk.device import EdgeDevice
 
+    if args.bundle is not None:
+        _show(predictions(open_bundle(args.bundle, variant=args.variant), args.texts), args.json)
+        return 0
     if args.server is None and not (args.home / NAME).exists():
         raise DataError(f"there is no device in {args.home}; name its server once: --server http://HOST:8440")
-    for prediction in EdgeDevice(args.home, args.server, cache=args.cache).predict(args.texts):
-        if args.json:
-            print(json.dumps({"text": prediction.text, "label": prediction.label, "probabilities": prediction.probabilities}))
-        else:
-            print(f"{prediction.label} ({prediction.probabilities[prediction.label]:.2f}): {prediction.text}")
+    _show(EdgeDevice(args.home, args.server, variant=args.variant, cache=args.cache).predict(args.texts), args.json)
     return 0
+
+
+def _show(found: Sequence[Prediction], as_json: bool) -> None:
+    for p in found:
+        if as_json:
+            print(json.dumps({"text": p.text, "label": p.label, "probabilities": p.probabilities}))
+        else:
+            print(f"{p.label} ({p.probabilities[p.label]:.2f}): {p.text}")
 
 
 def _complain(line: str) -> None:

@@ -41,6 +41,15 @@ class Prediction:
     probabilities: dict[str, float]
 
 
+def predictions(engine: Engine, texts: Sequence[str]) -> list[Prediction]:
+    """What an engine makes of texts, in words."""
+    labels = engine.encoder.labels
+    return [
+        Prediction(text, labels[int(row.argmax())], {label: float(p) for label, p in zip(labels, row, strict=True)})
+        for text, row in zip(texts, engine.score(texts), strict=True)
+    ]
+
+
 class EdgeDevice:
     """One device: its private examples, its model, and the server it learns with.
 
@@ -117,12 +126,7 @@ class EdgeDevice:
         manifest, engine = self._engine
         kept = kept_adapter(self._store, manifest)
         engine.set_adapter(None if kept is None else Adapter(kept, manifest.adapter))
-        labels = manifest.task.labels
-        rows = engine.score(texts)
-        return [
-            Prediction(text, labels[int(row.argmax())], {label: float(p) for label, p in zip(labels, row, strict=True)})
-            for text, row in zip(texts, rows, strict=True)
-        ]
+        return predictions(engine, texts)
 
     def _load(self) -> tuple[Manifest, Engine]:
         """The engine from files that are whole: from disk alone where it can be, else with the server's help."""

@@ -38,6 +38,7 @@ class PromptEncoder:
         self._after = [*self._plain(after), *suffix]
         self._prefix, self._suffix = list(prefix), list(suffix)
         self._positions, self._verbalizer = positions, task.verbalizer
+        self.labels = task.labels
         self._unknown = _unknown(self._tokenizer)
         self._max_tokens = min(task.max_tokens, positions - len(self._before) - len(self._after))
         if self._max_tokens < 1:

@@ -267,6 +267,18 @@ async def test_a_model_that_does_not_load_does_not_end_the_agent(world: World) -
     assert world.slept == [PAUSE_AFTER_FAILED_WORK]
 
 
+async def test_only_the_files_of_the_variant_are_fetched(world: World) -> None:
+    """A device on a phone line downloads the tokenizer and the one model it runs."""
+    adapter = start(world)
+    fill(world.store)
+    world.server.work += [Evaluate(0, adapter), Finished(0, adapter)]
+    await world.agent().run()
+    bundle = world.server.manifest.bundle
+
+    kept = {p.name for p in bundle_folder(world.cache, world.server.manifest).iterdir()} - {".lock"}
+    assert kept == {"tokenizer.json", "model.fp32.onnx"} < set(bundle.files)
+
+
 async def test_a_damaged_file_of_the_bundle_is_fetched_again(world: World) -> None:
     """A byte that rotted in the cache is found by its hash, and only that file is loaded anew."""
     fill(world.store)

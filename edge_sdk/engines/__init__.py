@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_sdk import bundle as bundles
 from edge_sdk.adapters import Adapter
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import DataError, SettingsError
@@ -103,6 +104,21 @@ class Engine(Scorer, Protocol):
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit-length vectors (n, width): an encoder's mean, a decoder's last hidden state."""
         ...
+
+
+def open_bundle(folder: str | Path, task: Task | None = None, variant: str = "", threads: int = 1) -> Engine:
+    """Loads a bundle from disk, its files verified first; a bundle and the base install are enough to classify.
+
+        engine = open_bundle("runs/minilm")
+        print(engine.score(["what a lovely film"]))
+
+    Raises:
+        AssetError: no bundle, or a file of it is damaged. SettingsError, DataError: as `open_engine`.
+    """
+    folder = Path(folder).expanduser()
+    bundle = bundles.read(folder)
+    bundles.verify(folder, bundle.needs(variant))
+    return open_engine(folder, bundle, task, variant, threads)
 
 
 def open_engine(folder: Path, bundle: Bundle, task: Task | None = None, variant: str = "", threads: int = 1) -> Engine:

@@ -39,6 +39,7 @@ from edge_sdk.training.base import count_parameters, load_path
 from edge_sdk.training.learner import readout
 
 FLOOR = 0.99
+MOST_PARAMETERS = 530_000_000  # of a model whose fp32 graph stays below protobuf's 2 GB
 GGUF = ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k")
 VARIANTS = ("int8", "fp32", *GGUF)
 LLAMA_MINIMUM = "0.3.30"  # llama-cpp-python whose adapters can be swapped
@@ -124,6 +125,8 @@ class _Making:
         model: Any = load_path(path, self.family.kind)
         self.model = model
         self.parameters = count_parameters(model)
+        if self.parameters > MOST_PARAMETERS:
+            raise DataError(f"{self.parameters:,} weights do not fit into one ONNX file of 2 GB; at most {MOST_PARAMETERS:,} do")
         self.plain = work / "plain"
         model.save_pretrained(self.plain)
         self.tokenizer.save_pretrained(self.plain)

@@ -57,7 +57,8 @@ def _writing(engine: Engine, prompt: str) -> float | None:
     """Tokens written in a second; None where the model does not write, or ends at once."""
     try:
         started = time.perf_counter()
-        written = len(engine.encoder.plain([engine.generate(prompt, Sampling(WRITE)) or " "])[0])
-    except DataError:
+        written = engine.generate(prompt, Sampling(WRITE))
+        took = time.perf_counter() - started
+        return len(engine.encoder.plain([written])[0]) / took
+    except DataError:  # an encoder, or nothing written
         return None
-    return written / (time.perf_counter() - started)

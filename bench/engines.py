@@ -168,11 +168,10 @@ def _speeds(model: Model, rounds: int) -> dict[str, list[float]]:
     for number in range(rounds + 1):
         for name, score in contenders.items():
             torch.set_float32_matmul_precision("medium" if name.endswith("oneDNN") else "highest")
-            some = texts[:40] if name.startswith("llama-cpp-python") else texts
             started = time.perf_counter()
-            score(some)
+            score(texts)
             if number:  # the first round warms up
-                speeds[name].append(len(some) / (time.perf_counter() - started))
+                speeds[name].append(len(texts) / (time.perf_counter() - started))
     return speeds
 
 
@@ -313,7 +312,6 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The numbers of the targets; accuracies as fractions, speed as the median's mean ratio to transformers fp32."""
     by = {(row["slm"], row["engine"]): row for row in rows}
     int8, q8, mini = by["smollm2", "int8"], by["smollm2", "q8_0"], by["minilm", "int8"]
-    gguf = q8["texts_per_second"]["mean"]
 
     def quality(row: dict[str, Any]) -> dict[str, float]:
         return {
@@ -327,15 +325,13 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         dnn = by[row["slm"], "transformers fp32, oneDNN"]["speedup"]["mean"]
         return {"speedup": row["speedup"]["mean"], "speedup_over_onednn": row["speedup"]["mean"] / dnn}
 
-    others = {
-        name: by["smollm2", f"llama-cpp-python {name}"]["texts_per_second"]["mean"] for name in ("create_completion", "eval")
-    }
+    others = {name: by["smollm2", f"llama-cpp-python {name}"]["speedup"]["mean"] for name in ("create_completion", "eval")}
     return {
         "onnx_int8": {**quality(int8), **speed(int8), "size_ratio": int8["size_ratio"]},
         "gguf_q8": {
             **quality(q8),
-            "speedup_vs_llama_cpp_python": gguf / others["create_completion"],
-            "speedup_vs_llama_cpp_python_eval": gguf / others["eval"],
+            "speedup_vs_llama_cpp_python": q8["speedup"]["mean"] / others["create_completion"],
+            "speedup_vs_llama_cpp_python_eval": q8["speedup"]["mean"] / others["eval"],
         },
         "minilm_int8": {**quality(mini), **speed(mini), "size_ratio": mini["size_ratio"]},
     }
@@ -357,13 +353,15 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of README and docs: the rows that are engines of ours, and what they are compared with."""
-    lines = ["| model | engine | texts/s | x transformers | size | r | r, adapted | accuracy, adapted |", "| --- " * 8 + "|"]
+    headings = "| model | engine | texts/s | x transformers | size | r | r, adapted | accuracy | accuracy, adapted |"
+    lines = [headings, "| --- " * 9 + "|"]
     for row in rows:
         size = f"{row['size'] / 1e6:.0f} MB" if "size" in row else ""
         cells = [row["slm"], row["engine"], f"{row['texts_per_second']['mean']:.0f}", f"{row['speedup']['mean']:.1f}", size]
         for state in ("base", "adapted"):
             cells.append(f"{row[state]['r']['mean']:.4f}" if state in row else "")
-        cells.append(f"{100 * row['adapted']['accuracy_delta']['mean']:+.1f}" if "adapted" in row else "")
+        for state in ("base", "adapted"):
+            cells.append(f"{100 * row[state]['accuracy_delta']['mean']:+.1f}" if state in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -374,6 +372,7 @@ def _pm(value: dict[str, float], digits: int, scale: float = 1) -> str:
 
 def _notes(summary: dict[str, Any]) -> list[str]:
     int8, q8, mini = summary["onnx_int8"], summary["gguf_q8"], summary["minilm_int8"]
+    plain = summary["install_mb_with_hub_client_and_bytecode"]
     targets = {
         "SmolLM2 int8 r >= 0.99": (int8["r"] >= 0.99, int8["r"]),
         "accuracy within 0.5 point": (abs(int8["accuracy_delta"]) <= 0.005, 100 * int8["accuracy_delta"]),
@@ -383,8 +382,10 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         "speed >= 2.5": (mini["speedup"] >= 2.5, mini["speedup"]),
         "GGUF q8_0 r >= 0.995": (q8["r"] >= 0.995, q8["r"]),
         "3 x create_completion": (q8["speedup_vs_llama_cpp_python"] >= 3, q8["speedup_vs_llama_cpp_python"]),
+        "3 x eval loop": (q8["speedup_vs_llama_cpp_python_eval"] >= 3, q8["speedup_vs_llama_cpp_python_eval"]),
         "swap < 1 ms": (summary["swap_ms"] < 1, summary["swap_ms"]),
-        "install <= 150 MB": (summary["install_mb"] <= 150, summary["install_mb"]),
+        "install <= 150 MB (requirements-device.txt)": (summary["install_mb"] <= 150, summary["install_mb"]),
+        "install <= 150 MB (plain pip)": (plain <= 150, plain),
         "import <= 0.1 s": (summary["import_seconds"] <= 0.1, summary["import_seconds"]),
         "agent <= 150 MB": (summary["agent_rss_mb"] <= 150, summary["agent_rss_mb"]),
     }

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import load, save_file
 
 from edge_sdk.errors import DataError
 
@@ -106,6 +106,22 @@ def not_finite(arrays: Arrays) -> str | None:
     return next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
 
 
+def check(adapter: Adapter, slots: Iterable[Slot]) -> None:
+    """Raises: DataError: the arrays do not fit their own spec, are not finite, or the spec does not fit a base with `slots`."""
+    arrays, spec = adapter
+    if spec.rank < 1 or not math.isfinite(spec.alpha):
+        raise DataError(f"an adapter needs a rank of at least 1 and a finite alpha, not {spec.rank} and {spec.alpha}")
+    if problem := mismatch(shapes_of(arrays), spec.shapes()):
+        raise DataError(f"the adapter does not fit: {problem}")
+    known = set(slots)
+    if foreign := [slot.module for slot in spec.slots if slot not in known]:
+        raise DataError(f"this bundle has no adapter slot for {foreign[0]}")
+    if len(set(spec.slots)) < len(spec.slots):
+        raise DataError("the adapter names a slot twice")
+    if name := not_finite(arrays):
+        raise DataError(f"the adapter holds NaN or infinity in {name}")
+
+
 def subtract(a: Arrays, b: Arrays) -> dict[str, Array]:
     return {name: a[name] - b[name] for name in a}
 
@@ -158,7 +174,36 @@ def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> No
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-_PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+_PLAIN: dict[str, tuple[Any, ...]] = {  # what a device could not tell from the arrays
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "use_rslora": (False,),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "modules_to_save": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base too
+}
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    """Arrays of a safetensors file; bfloat16, which numpy lacks, is the upper half of a float32."""
+    with path.open("rb") as file:
+        entries: Any = deserialize(file.read())  # type: ignore[no-untyped-call]
+    if all(entry["dtype"] != "BF16" for _, entry in entries):
+        arrays: dict[str, NDArray[Any]] = load(path.read_bytes())
+        return arrays
+    arrays = {}
+    for name, entry in entries:
+        if entry["dtype"] != "BF16":
+            raise ValueError(f"{name} is {entry['dtype']} among BF16 arrays")
+        halves = np.frombuffer(entry["data"], "<u2").astype(np.uint32) << 16
+        arrays[name] = halves.view(np.float32).reshape(entry["shape"])
+    return arrays
 
 
 def read_peft(folder: Path, slots: Iterable[Slot]) -> Adapter:
@@ -170,13 +215,15 @@ def read_peft(folder: Path, slots: Iterable[Slot]) -> Adapter:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         for key, wanted in _PLAIN.items():
-            if config.get(key, wanted) != wanted:
-                raise DataError(f"{folder}: {key} is {config[key]!r}; only plain LoRA ({key}={wanted!r}) is supported")
+            if config.get(key, wanted[0]) not in wanted:
+                raise DataError(f"{folder}: {key} is {config[key]!r}; only plain LoRA ({key}={wanted[0]!r}) is supported")
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        loaded = load_file(folder / "adapter_model.safetensors")
+        loaded = _load(folder / "adapter_model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder} is not a PEFT LoRA directory ({error!r})") from error
     arrays = {name: array.astype(np.float32) for name, array in loaded.items()}
+    if name := not_finite(arrays):
+        raise DataError(f"{folder} holds NaN or infinity in {name}")
     used = tuple(slot for slot in slots if slot.a in arrays)
     spec = AdapterSpec(slots=used, rank=rank, alpha=alpha)
     if problem := mismatch(shapes_of(arrays), spec.shapes()):

@@ -22,8 +22,8 @@ import msgspec
 from edge_sdk import bundle as bundles
 from edge_sdk import files, session, verbs, wire
 from edge_sdk.adapters import Array, Arrays
-from edge_sdk.engines import open_engine
-from edge_sdk.errors import AssetError, DataError, Refused, SettingsError, Unreachable, WireError
+from edge_sdk.engines import check_runtime, open_engine
+from edge_sdk.errors import AssetError, DataError, MissingRuntime, Refused, SettingsError, Unreachable, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
 from edge_sdk.session import Action, Event, Session
 from edge_sdk.store import Parcel, Store
@@ -129,6 +129,7 @@ class Agent:
         """Enrols if need be, fetches the bundle, and loads it."""
         if self._models is None:
             manifest = await self._enroll()
+            check_runtime(manifest.bundle.variant(self._variant))  # before anything is downloaded for it
             folder = await self._bundle(manifest)
             self._models = await asyncio.to_thread(Models, folder, manifest, self._variant, self._threads)
         return self._models
@@ -168,7 +169,7 @@ class Agent:
             if isinstance(action, session.Do):
                 return session.WorkFailed(str(error))
             return session.Rejected(error.code)
-        except SettingsError:
+        except (SettingsError, MissingRuntime):
             raise
         except (DataError, AssetError, WireError, OSError, sqlite3.Error) as error:
             self._say(f"cannot work: {error}")
@@ -274,6 +275,12 @@ def kept_adapter(store: Store, manifest: Manifest) -> dict[str, Array] | None:
     except WireError as error:
         path = store.home / ADAPTER
         raise DataError(f"{path} does not fit this run ({error.detail}); delete it to go back to the base model") from error
+
+
+def adapter_stamp(store: Store) -> str:
+    """Changes whenever the kept adapter does: sha256 of its file, "" where there is none."""
+    body = _kept_body(store)
+    return "" if body is None else hashlib.sha256(body).hexdigest()
 
 
 def _kept_body(store: Store) -> bytes | None:

@@ -17,7 +17,7 @@ from edge_sdk.adapters import Slot
 from edge_sdk.errors import AssetError, SettingsError
 from edge_sdk.tasks import Kind, Task
 
-SCHEMA = 3
+SCHEMA = 4
 NAME = "bundle.json"
 TOKENIZER = "tokenizer.json"
 Runtime = Literal["onnxruntime", "llama.cpp"]
@@ -71,6 +71,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         label_ids: decoder: token ids of each class's label word, as this tokenizer has them; empty for an encoder.
         variants: what can run, the recommended one first.
         files: name -> size and hash of every other file of the folder.
+        sha256: of this description as compact JSON with this field empty; "" where nobody sealed it.
     """
 
     schema: int
@@ -91,6 +92,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     label_ids: tuple[tuple[int, ...], ...]
     variants: tuple[Variant, ...]
     files: dict[str, File]
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
@@ -98,6 +100,8 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in self.files:
             if name != Path(name).name or name in ("", ".", "..", NAME):
                 raise SettingsError(f"bundle file name {name!r} must be a plain file name")
+        if self.variants and TOKENIZER not in self.files:
+            raise SettingsError(f"the bundle has variants but no {TOKENIZER}")
         for variant in self.variants:
             if variant.file not in self.files:
                 raise SettingsError(f"variant {variant.name!r} names {variant.file!r}, which is not a file of the bundle")
@@ -144,10 +148,34 @@ def _layer(slot: Slot) -> int:
     return next((int(part) for part in slot.module.split(".") if part.isdigit()), -1)
 
 
+class _Schema(msgspec.Struct):
+    """The one field that every version of a description has."""
+
+    schema: int
+
+
+def seal(bundle: Bundle) -> Bundle:
+    """The same description with its own hash."""
+    bare = msgspec.structs.replace(bundle, sha256="")
+    return msgspec.structs.replace(bundle, sha256=hashlib.sha256(msgspec.json.encode(bare)).hexdigest())
+
+
+def write(folder: Path, bundle: Bundle) -> None:
+    """Writes `bundle.json`, sealed."""
+    (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(seal(bundle)), indent=1) + b"\n")
+
+
 def read(folder: Path) -> Bundle:
-    """Raises: AssetError: there is no readable `bundle.json`."""
+    """Raises: AssetError: there is no readable `bundle.json`, or it is damaged. SettingsError: it is of another schema."""
     try:
-        return msgspec.json.decode((folder / NAME).read_bytes(), type=Bundle)
+        body = (folder / NAME).read_bytes()
+        found = msgspec.json.decode(body, type=_Schema).schema
+        if found != SCHEMA:
+            raise SettingsError(f"bundle schema {found} is not {SCHEMA}; export the bundle again with this version")
+        bundle = msgspec.json.decode(body, type=Bundle)
+        if bundle.sha256 != seal(bundle).sha256:
+            raise AssetError(f"{folder / NAME} is damaged: its contents do not fit their own hash; fetch the bundle again")
+        return bundle
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise AssetError(f"{folder} is not a bundle ({error}); make one with `edge-export bundle`") from error
 

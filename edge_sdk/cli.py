@@ -15,7 +15,7 @@ from typing import Any
 from edge_sdk.assets import cache_folder
 from edge_sdk.device import EdgeDevice, Prediction, predictions
 from edge_sdk.engines import open_bundle
-from edge_sdk.errors import DataError, EdgeError, SettingsError
+from edge_sdk.errors import DataError, EdgeError, MissingRuntime, SettingsError
 from edge_sdk.store import NAME, Store
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         code: int = args.call(args)
-    except SettingsError as error:
+    except (SettingsError, MissingRuntime) as error:
         print(f"edge-agent: {error}", file=sys.stderr)
         return 2
     except (EdgeError, OSError) as error:

@@ -81,6 +81,7 @@ class EdgeDevice:
         self._cache = cache or cache_folder()
         self._say = say
         self._engine: tuple[Manifest, Engine] | None = None
+        self._worn = "nothing yet"  # stamp of the adapter that the engine wears
 
     def add(self, text: str, label: str | None = None) -> None:
         """Keeps a private text on this device, with its label where one is known."""
@@ -117,15 +118,17 @@ class EdgeDevice:
             DataError: the device has never met its server, so it has no model. AssetError: its files are damaged, and there
             is no server to fetch them from.
         """
-        from edge_sdk.agent import kept_adapter
+        from edge_sdk.agent import adapter_stamp, kept_adapter
 
         if isinstance(texts, str):
             raise DataError("predict takes a list of texts: predict([text])")
         if self._engine is None:
             self._engine = self._load()
         manifest, engine = self._engine
-        kept = kept_adapter(self._store, manifest)
-        engine.set_adapter(None if kept is None else Adapter(kept, manifest.adapter))
+        if self._worn != (stamp := adapter_stamp(self._store)):
+            kept = kept_adapter(self._store, manifest)
+            engine.set_adapter(None if kept is None else Adapter(kept, manifest.adapter))
+            self._worn = stamp
         return predictions(engine, texts)
 
     def _load(self) -> tuple[Manifest, Engine]:

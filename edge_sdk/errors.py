@@ -2,6 +2,7 @@
 
 EdgeError
 ├── SettingsError     a setting is unknown, missing or out of bounds: change the setting
+├── MissingRuntime    what runs a model is not installed, or too old: install it, or choose another variant
 ├── DataError         private examples or a model's files do not fit the task: change the data
 ├── AssetError        a model or data set could not be had, or its bytes are not the expected ones: fetch again
 ├── WireError         bytes from the other side break the protocol: never retried, always reported
@@ -19,6 +20,10 @@ class EdgeError(Exception):
 
 class SettingsError(EdgeError):
     """A setting is unknown, missing or out of bounds."""
+
+
+class MissingRuntime(EdgeError):
+    """ONNX Runtime or llama.cpp is missing or too old for a variant."""
 
 
 class DataError(EdgeError):

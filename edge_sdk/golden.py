@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        return max(self.base, self.adapted) <= self.tolerance
+        return self.base <= self.tolerance and self.adapted <= self.tolerance  # NaN is never good
 
 
 def read(folder: Path, bundle: Bundle) -> tuple[Golden, Adapter]:

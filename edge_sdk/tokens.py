@@ -40,6 +40,7 @@ class PromptEncoder:
         self._positions, self._verbalizer = positions, task.verbalizer
         self.labels = task.labels
         self._unknown = _unknown(self._tokenizer)
+        self.vocabulary = int(self._tokenizer.get_vocab_size())
         self._max_tokens = min(task.max_tokens, positions - len(self._before) - len(self._after))
         if self._max_tokens < 1:
             raise DataError(f"the pattern leaves no room for text: this model reads {positions} tokens; make it shorter")
@@ -48,9 +49,19 @@ class PromptEncoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of each text inside the pattern; the text is cut, the pattern never."""
-        encoded = self._tokenizer.encode_batch([text.strip() for text in texts], add_special_tokens=False)
-        return [[*self._before, *e.ids[: self._max_tokens], *self._after] for e in encoded]
+        """Token ids of each text inside the pattern; the text is cut, the pattern never.
+
+        Raises:
+            DataError: not a list of strings, or a text that leaves nothing to read.
+        """
+        encoded = self._encode([text.strip() for text in _strings(texts)])
+        return _read([[*self._before, *ids[: self._max_tokens], *self._after] for ids in encoded])
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        try:
+            return [list(e.ids) for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        except TypeError as error:
+            raise DataError("a text holds characters that are no Unicode (lone surrogates); clean it first") from error
 
     @property
     def shared(self) -> Ids:
@@ -59,19 +70,17 @@ class PromptEncoder:
 
     def description(self, text: str) -> Ids:
         """Token ids of a class description: no pattern, the encoder's own start and end."""
-        return [*self._prefix, *self._plain(text), *self._suffix]
+        room = self._positions - len(self._prefix) - len(self._suffix)
+        return [*self._prefix, *self._plain(text)[:room], *self._suffix]
 
     def plain(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of texts without the pattern, with the model's own start and end; cut to what it can read.
 
         Raises:
-            DataError: a text has no tokens.
+            DataError: not a list of strings, or a text that leaves nothing to read.
         """
         room = self._positions - len(self._prefix) - len(self._suffix)
-        rows = [[*self._prefix, *self._plain(text)[:room], *self._suffix] for text in texts]
-        if not all(rows):
-            raise DataError("an empty text cannot be read; give it at least one word")
-        return rows
+        return _read([[*self._prefix, *ids[:room], *self._suffix] for ids in self._encode(_strings(texts))])
 
     def words(self) -> list[Ids]:
         """Token ids of each class's label word, for a decoder.
@@ -92,6 +101,26 @@ class PromptEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _strings(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise DataError("texts are a list of strings: [text], not text")
+    return list(texts)
+
+
+def _read(rows: list[Ids]) -> list[Ids]:
+    """Raises: DataError: a sequence without tokens, which no model can read."""
+    if not all(rows):
+        raise DataError("an empty text cannot be read; give it at least one word")
+    return rows
+
+
+def readable(sequences: Sequence[Ids], vocabulary: int) -> None:
+    """Raises: DataError: a sequence is empty, or holds an id that the vocabulary lacks."""
+    _read([list(ids) for ids in sequences])
+    if any(not 0 <= token < vocabulary for ids in sequences for token in ids):
+        raise DataError(f"a token id is not in the vocabulary of {vocabulary}")
 
 
 def _unknown(tokenizer: Tokenizer) -> int | None:

@@ -173,7 +173,7 @@ def write_bundle(folder: Path) -> Path:
     folder.mkdir()
     (folder / "dummy.bin").write_bytes(b"not a model" * 100)
     bundle = msgspec.structs.replace(factories.bundle(), files={"dummy.bin": bundles.digest(folder / "dummy.bin")})
-    (folder / bundles.NAME).write_bytes(msgspec.json.encode(bundle))
+    bundles.write(folder, bundle)
     return folder
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from edge_sdk import adapters
 from edge_sdk.adapters import AdapterSpec, Array, Arrays, Slot, mismatch, read_peft, weighted_mean, write_peft
@@ -279,3 +281,27 @@ def test_what_is_no_peft_folder_is_refused(peft: Path, name: str, content: bytes
 
     with pytest.raises(DataError, match="not a PEFT LoRA directory"):
         read_peft(peft, SPEC.slots)
+
+
+def test_bfloat16_is_read(tmp_path: Path) -> None:
+    """A PEFT directory in bfloat16, which numpy does not know, is read as the float32 values it stands for."""
+    arrays = {name: torch.from_numpy(array).to(torch.bfloat16) for name, array in SPEC.start(3).items()}
+    write_peft(tmp_path, SPEC.start(3), SPEC, "base")
+    save_torch(arrays, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    found, _ = read_peft(tmp_path, SPEC.slots)
+
+    assert all((found[name] == array.float().numpy()).all() for name, array in arrays.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("init_lora_weights", "pissa"), ("fan_in_fan_out", True), ("modules_to_save", ["score"]), ("layer_replication", [[0, 2]]),
+     ("lora_bias", True), ("use_qalora", True)],
+)  # fmt: skip
+def test_settings_a_device_could_not_follow_are_refused(tmp_path: Path, key: str, value: object) -> None:
+    """What changes the base, or adds what the arrays do not show, is refused by name."""
+    write_peft(tmp_path, SPEC.start(3), SPEC, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(DataError, match=f"{key} is .* only plain LoRA"):
+        read_peft(tmp_path, SPEC.slots)

@@ -30,9 +30,27 @@ def modules(slots: tuple[Slot, ...]) -> list[str]:
 def test_a_description_comes_back(tmp_path: Path) -> None:
     """What is written as bundle.json is read as the same value."""
     bundle = with_files("model.onnx", "tokenizer.json")
-    (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(bundle))
+    bundles.write(tmp_path, bundle)
 
-    assert bundles.read(tmp_path) == bundle
+    assert bundles.read(tmp_path) == bundles.seal(bundle)
+
+
+def test_a_changed_description_is_found(tmp_path: Path) -> None:
+    """One changed letter, a licence say, no longer fits the description's own hash."""
+    bundles.write(tmp_path, with_files("tokenizer.json"))
+    body = (tmp_path / "bundle.json").read_bytes()
+    (tmp_path / "bundle.json").write_bytes(body.replace(b'"unknown"', b'"unknowm"'))
+
+    with pytest.raises(AssetError, match="do not fit their own hash"):
+        bundles.read(tmp_path)
+
+
+def test_a_newer_description_with_new_fields_says_its_schema(tmp_path: Path) -> None:
+    """A description from the future is called that, whatever else it holds."""
+    (tmp_path / "bundle.json").write_bytes(b'{"schema": 99, "something": "new"}')
+
+    with pytest.raises(SettingsError, match="schema 99"):
+        bundles.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"{", b"\xff\xfe", b'{"schema":"1"}'])

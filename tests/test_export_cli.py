@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from safetensors.numpy import load_file, save_file
 
 from edge_export import graph as surgery
 from edge_export.bundle import Recipe, make
@@ -111,7 +112,7 @@ def test_a_variant_below_the_floor_is_refused(model: Path, tmp_path: Path, capsy
 def test_an_older_bundle_survives_a_failed_export(model: Path, copy: Path) -> None:
     """What was there stays, byte for byte, when its replacement fails."""
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
-    assert export(model, copy, "--floor", "1.1") == 1
+    assert export(model, copy, "--floor", "0.99999999") == 1
 
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
 
@@ -178,7 +179,7 @@ def test_a_task_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--variants", "int3"], "there is no variant 'int3'"),
+        (["--variants", "int3"], "variant 'int3' does not exist"),
         (["--slots", "x_proj"], "no linear layer named 'x_proj'"),
         (["--probe", "/nowhere.jsonl"], "nowhere.jsonl"),
         (["--task", "/nowhere.toml"], "cannot read /nowhere.toml"),
@@ -193,10 +194,86 @@ def test_wrong_choices_are_named(
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("gone", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_missing_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], gone: str) -> None:
+    """Weights that are not in the file, the output head among them, are refused and not made up."""
+    model = tiny.write(tmp_path / "model", "llama", tie_word_embeddings=False)
+    weights = load_file(model / "model.safetensors")
+    del weights[gone]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+    assert export(model, tmp_path / "out") == 1
+    assert f"lacks 1 of the model's weights (first: {gone})" in capsys.readouterr().err
+    assert left(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("damage", ["no tokenizer", "no weights", "garbage"])
+def test_half_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    """A folder without tokenizer or weights, or with garbage in their place, is an error of ours."""
+    model = tiny.write(tmp_path / "model", "llama")
+    if damage == "no tokenizer":
+        for path in model.glob("*token*"):
+            path.unlink()
+    elif damage == "no weights":
+        (model / "model.safetensors").unlink()
+    else:
+        (model / "model.safetensors").write_bytes(b"garbage")
+
+    assert export(model, tmp_path / "out") == 1
+    assert str(model) in capsys.readouterr().err
+    assert left(tmp_path) == ["model"]
+
+
+def test_somebody_elses_file_in_a_bundle_is_kept(model: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bundle folder with a file that is not the bundle's is not replaced."""
+    (copy / "thesis.txt").write_text("years of work")
+
+    assert export(model, copy) == 1
+    assert "holds other files (thesis.txt" in capsys.readouterr().err
+    assert (copy / "thesis.txt").exists()
+
+
+def test_the_folder_one_stands_in_is_replaced(model: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-o .` in an older bundle puts the new one there."""
+    monkeypatch.chdir(copy)
+    make(Asset(str(model)), Path("."), Recipe(("fp32",), task=factories.DECODER_TASK, probe=factories.PROBE))
+
+    assert [v.name for v in bundles.read(copy).variants] == ["fp32"]
+
+
+def test_a_file_is_no_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An output that is a file is refused before any work."""
+    (tmp_path / "out").write_text("mine")
+
+    assert export(model, tmp_path / "out") == 1
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_starts_with_bos_is_followed(tmp_path: Path) -> None:
+    """Where the tokenizer puts BOS before a text, so does the bundle."""
+    from tokenizers import Tokenizer, processors
+
+    model = tiny.write(tmp_path / "model", "llama")
+    path = model / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", 1)])
+    tokenizer.save(str(path))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "[CLS]"}))
+    made = make(Asset(str(model)), tmp_path / "out", Recipe(("fp32",), task=factories.DECODER_TASK, probe=factories.PROBE))
+
+    assert made.bundle.prefix == (1,)
+    engine = open_engine(tmp_path / "out", made.bundle)
+    assert engine.encoder.shared == [1]
+    whole = engine.logits_of(engine.encoder.prompts(["a film", "grim"]))
+    np.testing.assert_allclose(engine.logits(["a film", "grim"]), whole, rtol=1e-4)
+
+
 # Checking -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "name", ["model.int8.onnx", "model.fp32.onnx", "tokenizer.json", "golden.json", "golden.safetensors", "report.html"]
-)
+NAMES = ("model.int8.onnx", "model.fp32.onnx", "tokenizer.json", "golden.json", "golden.safetensors", "report.html")
+
+
+@pytest.mark.parametrize("name", ["bundle.json", *NAMES])
 def test_one_flipped_bit_is_found(copy: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """`check` ends with 1 and names the file, whichever it is."""
     assert main(["check", str(copy)]) == 0
@@ -205,7 +282,8 @@ def test_one_flipped_bit_is_found(copy: Path, capsys: pytest.CaptureFixture[str]
     (copy / name).write_bytes(body)
 
     assert main(["check", str(copy)]) == 1
-    assert f"{name} is missing or damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert name in said or (name == "bundle.json" and "is not a bundle" in said)
 
 
 def test_a_wrong_answer_is_found_even_where_hashes_fit(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +303,7 @@ def redescribe(folder: Path, **changes: Any) -> None:
     """Writes the description anew with the hashes of what is there."""
     bundle = bundles.read(folder)
     files = {name: bundles.digest(folder / name) for name in bundle.files}
-    (folder / "bundle.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(bundle, files=files, **changes)))
+    bundles.write(folder, msgspec.structs.replace(bundle, files=files, **changes))
 
 
 def test_a_bundle_of_a_newer_schema_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,6 +325,22 @@ def test_a_runtime_that_is_too_old_is_named(copy: Path, capsys: pytest.CaptureFi
     assert "int8: left out: variant 'int8' needs onnxruntime 999.1" in capsys.readouterr().out
     assert main(["check", str(copy), "--variant", "int8"]) == 1
     assert "no variant of this bundle runs on this machine" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_load_is_wrong(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A variant whose file fits its hash and is no model fails the check, though another variant works."""
+    (copy / "model.int8.onnx").write_bytes(b"garbage")
+    redescribe(copy)
+
+    assert main(["check", str(copy)]) == 1
+    assert "int8: WRONG: ONNX Runtime" in capsys.readouterr().out
+
+
+def test_answers_that_are_no_numbers_are_wrong() -> None:
+    """NaN is never within the tolerance, without or with the adapter."""
+    assert not golden.Outcome(0.0, float("nan"), 1.0).good
+    assert not golden.Outcome(float("nan"), 0.0, 1.0).good
+    assert golden.Outcome(0.5, 1.0, 1.0).good
 
 
 def test_golden_vectors_of_another_bundle_do_not_pass(copy: Path) -> None:

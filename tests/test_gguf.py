@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from edge_sdk.assets import Asset
 from edge_sdk.bundle import Bundle
 from edge_sdk.engines import Sampling, gguf_adapter, open_engine
 from edge_sdk.engines.gguf import GgufEngine
-from edge_sdk.errors import DataError
+from edge_sdk.errors import DataError, MissingRuntime, SettingsError
 from edge_sdk.tasks import Task
 from edge_sdk.training import base
 from edge_sdk.training.learner import Learner
@@ -241,7 +242,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
         writer.write(model, tmp_path / "out" / "m.gguf", "q3")
     with pytest.raises(DataError, match="'bert' model cannot be written as GGUF"):
         writer.write(model, tmp_path / "out" / "m.gguf", "q8_0")
-    with pytest.raises(DataError, match="only decoders become GGUF"):
+    with pytest.raises(DataError, match="'bert' model cannot be written as GGUF"):
         make(Asset(str(model)), tmp_path / "b", Recipe(("q8_0",), task=factories.ENCODER_TASK, probe=factories.PROBE))
     assert not list((tmp_path / "out").iterdir())
 
@@ -257,5 +258,70 @@ def test_a_file_that_is_no_model_is_named(folder: Path, bundle: Bundle, tmp_path
 def test_an_old_llama_cpp_is_named(folder: Path, bundle: Bundle) -> None:
     """A variant that needs a newer llama-cpp-python says how to get it."""
     variants = tuple(msgspec.structs.replace(v, minimum="99") for v in bundle.variants)
-    with pytest.raises(DataError, match="pip install --upgrade llama-cpp-python"):
+    with pytest.raises(MissingRuntime, match="pip install --upgrade llama-cpp-python"):
         open_engine(folder, msgspec.structs.replace(bundle, variants=variants), variant="f16")
+
+
+@pytest.mark.parametrize("text", ["", "film"])
+def test_texts_are_lists_of_something_to_read(folder: Path, bundle: Bundle, text: str) -> None:
+    """A bare string, an entry that is no string, and an empty text where no pattern stands around it are refused."""
+    task = msgspec.structs.replace(factories.DECODER_TASK, pattern="{text}")
+    engine = opened(folder, bundle, task)
+    for call in (engine.logits, engine.embed, lambda texts: engine.top_k(texts, 1)):
+        with pytest.raises(DataError, match=r"list of strings|empty text"):
+            call(text if text else ["film", ""])
+    unreadable: tuple[list[list[int]], ...] = ([[]], [[-1]], [[10_000]])
+    for ids in unreadable:
+        with pytest.raises(DataError, match=r"empty text|not in the vocabulary"):
+            engine.logits_of(ids)
+    with pytest.raises(SettingsError, match="at least 1"):
+        engine.top_k(["film"], 0)
+    assert engine.top_k(["film"], 10_000).ids.shape == (1, 29)
+    assert engine.top_k([], 40).ids.shape == (0, 29)
+
+
+@pytest.mark.parametrize("kind", ["nan", "rank", "alpha", "twice"])
+def test_a_senseless_adapter_is_refused(folder: Path, bundle: Bundle, kind: str) -> None:
+    """NaN values, rank 0, an alpha that is no number and a slot named twice are never worn."""
+    engine, good = opened(folder, bundle), adapter_of(bundle)
+    before = engine.logits(TEXTS)
+    spec = {"rank": AdapterSpec(bundle.slots, 0, 1.0), "alpha": AdapterSpec(bundle.slots, 3, float("nan"))}.get(kind, good.spec)
+    if kind == "twice":
+        spec = AdapterSpec((*bundle.slots, bundle.slots[0]), 3, 6.0)
+    arrays = {n: a * np.float32("nan") for n, a in good.arrays.items()} if kind == "nan" else good.arrays
+    with pytest.raises(DataError):
+        engine.set_adapter(Adapter(arrays, spec))
+
+    assert (engine.logits(TEXTS) == before).all()
+
+
+def test_arrays_of_any_float_type_are_worn(folder: Path, bundle: Bundle) -> None:
+    """float64, float16 and column-major arrays do what their float32 values do."""
+    engine, adapter = opened(folder, bundle), adapter_of(bundle)
+    engine.set_adapter(adapter)
+    expected = engine.logits(TEXTS)
+    wide: Any = {name: np.asfortranarray(array.astype(np.float64)) for name, array in adapter.arrays.items()}
+    engine.set_adapter(Adapter(wide, adapter.spec))
+
+    np.testing.assert_allclose(engine.logits(TEXTS), expected, rtol=1e-5)
+
+
+def test_two_threads_take_turns(folder: Path, bundle: Bundle) -> None:
+    """Calls from several threads on one engine neither end the process nor mix their answers."""
+    engine = opened(folder, bundle)
+    expected = engine.logits(TEXTS)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: engine.logits(TEXTS), range(24)))
+
+    assert all((scores == expected).all() for scores in found)
+
+
+def test_a_closed_engine_says_so(folder: Path, bundle: Bundle) -> None:
+    """After `close` every call is an error of ours, not a crash."""
+    engine, adapter = opened(folder, bundle), adapter_of(bundle)
+    engine.logits(TEXTS)
+    engine.close()
+    for call in (lambda: engine.logits(TEXTS), lambda: engine.embed(TEXTS), lambda: engine.set_adapter(adapter)):
+        with pytest.raises(DataError, match="closed"):
+            call()
+    engine.close()

@@ -285,6 +285,79 @@ def test_int8_weights_are_seven_bits_and_no_float_matrix_is_left(folder: Path) -
     assert all("position" in name or "token_type" in name for name in floats)
 
 
+def test_no_product_of_the_int8_graph_saturates(folder: Path) -> None:
+    """In every integer product of the graph, the vocabulary's included, two largest terms fit into 16 bits."""
+    graph = onnx.load(folder / "model.int8.onnx").graph
+    values = {w.name: onnx.numpy_helper.to_array(w) for w in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert products
+    for node in products:
+        weight = values.get(node.input[1])
+        if weight is None:
+            weight = values[made_by[node.input[1]].input[0]]  # the head's transposed table
+        largest = 2 * int(values[node.input[4]]) - 1  # zero point and levels: 128 +- 127, or 64 +- 63
+        assert 2 * largest * int(np.abs(weight.astype(int)).max()) <= 2**15 - 1, node.name
+
+
+def test_int8_next_tokens_follow_float(folder: Path, bundle: Bundle) -> None:
+    """The rounded vocabulary's log-probabilities are near the float ones, and the likeliest token is among the first three."""
+    decoder(bundle)
+    exact = open_engine(folder, bundle, variant="fp32").top_k(TEXTS, 3)
+    found = open_engine(folder, bundle).top_k(TEXTS, 29)
+
+    assert all(first in row[:3] for first, row in zip(found.ids[:, 0], exact.ids, strict=True))
+    rows = np.arange(len(TEXTS))[:, None]
+    by_token = np.zeros_like(found.logprobs)
+    by_token[rows, found.ids] = found.logprobs
+    assert np.abs(by_token[rows, exact.ids] - exact.logprobs).max() < 0.1 * np.ptp(found.logprobs)
+
+
 def test_log_softmax_is_the_logarithm_of_the_softmax() -> None:
     """Row sums of its exponential are one, also for scores that would overflow."""
     np.testing.assert_allclose(np.exp(log_softmax(np.array([[1, 2, 3], [1000, 0, -1000]], np.float32))).sum(1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "film"])
+def test_texts_are_lists_of_something_to_read(folder: Path, bundle: Bundle, text: str) -> None:
+    """A bare string, an entry that is no string, and an empty text where no pattern stands around it are refused."""
+    decoder(bundle)
+    task = msgspec.structs.replace(factories.DECODER_TASK, pattern="{text}")
+    engine = open_engine(folder, bundle, task, "fp32")
+    for call in (engine.logits, engine.embed, lambda texts: engine.top_k(texts, 1)):
+        with pytest.raises(DataError, match=r"list of strings|empty text"):
+            call(text if text else ["film", ""])
+    unreadable: tuple[list[list[int]], ...] = ([[]], [[-1]], [[10_000]])
+    for ids in unreadable:
+        with pytest.raises(DataError, match=r"empty text|not in the vocabulary"):
+            engine.logits_of(ids)
+    with pytest.raises(SettingsError, match="at least 1"):
+        engine.top_k(["film"], 0)
+    assert engine.top_k(["film"], 10_000).ids.shape == (1, 29)
+    assert engine.top_k([], 40).ids.shape == (0, 29)
+
+
+@pytest.mark.parametrize("kind", ["nan", "rank", "alpha", "twice"])
+def test_a_senseless_adapter_is_refused(folder: Path, bundle: Bundle, kind: str) -> None:
+    """NaN values, rank 0, an alpha that is no number and a slot named twice are never worn."""
+    engine, good = open_engine(folder, bundle), adapter_of(bundle)
+    before = engine.logits(TEXTS)
+    spec = {"rank": AdapterSpec(bundle.slots, 0, 1.0), "alpha": AdapterSpec(bundle.slots, 3, float("nan"))}.get(kind, good.spec)
+    if kind == "twice":
+        spec = AdapterSpec((*bundle.slots, bundle.slots[0]), 3, 6.0)
+    arrays = {n: a * np.float32("nan") for n, a in good.arrays.items()} if kind == "nan" else good.arrays
+    with pytest.raises(DataError):
+        engine.set_adapter(Adapter(arrays, spec))
+
+    assert (engine.logits(TEXTS) == before).all()
+
+
+def test_arrays_of_any_float_type_are_worn(folder: Path, bundle: Bundle) -> None:
+    """float64, float16 and column-major arrays do what their float32 values do."""
+    engine, adapter = open_engine(folder, bundle), adapter_of(bundle)
+    engine.set_adapter(adapter)
+    expected = engine.logits(TEXTS)
+    wide: Any = {name: np.asfortranarray(array.astype(np.float64)) for name, array in adapter.arrays.items()}
+    engine.set_adapter(Adapter(wide, adapter.spec))
+
+    np.testing.assert_allclose(engine.logits(TEXTS), expected, rtol=1e-5)

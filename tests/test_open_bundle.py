@@ -84,7 +84,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import msgspec
-from edge_sdk import DataError, bundle as bundles, open_bundle
+from edge_sdk import MissingRuntime, bundle as bundles, open_bundle
 from edge_sdk.bundle import Variant
 from edge_sdk.engines import open_engine
 from pathlib import Path
@@ -95,7 +95,7 @@ variant = msgspec.structs.replace(bundle.variants[0], name="q8_0", runtime="llam
 try:
     open_engine(folder, msgspec.structs.replace(bundle, variants=(variant,)))
     said = ""
-except DataError as error:
+except MissingRuntime as error:
     said = str(error)
 print(json.dumps([list(shape), said]))
 """

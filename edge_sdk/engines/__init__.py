@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +15,8 @@ from numpy.typing import NDArray
 
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import Adapter
-from edge_sdk.bundle import Bundle
-from edge_sdk.errors import DataError, SettingsError
+from edge_sdk.bundle import Bundle, Variant
+from edge_sdk.errors import MissingRuntime, SettingsError
 from edge_sdk.tasks import Head, Task, softmax
 from edge_sdk.tokens import Ids, PromptEncoder
 
@@ -44,8 +46,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise SettingsError("max_tokens and temperature must not be negative, top_p in (0, 1]")
+        if self.max_tokens < 0 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.seed < 0:
+            raise SettingsError("max_tokens, temperature and seed must not be negative, top_p in (0, 1]")
+
+
+def wanted(k: int, vocabulary: int) -> int:
+    """How many next tokens there can be of the k asked for. Raises: SettingsError: k is below 1."""
+    if k < 1:
+        raise SettingsError(f"top_k needs k of at least 1, not {k}")
+    return min(k, vocabulary)
 
 
 def sample(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
@@ -65,8 +74,11 @@ class Scorer(Protocol):
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Uses an adapter from the next call on; None is the base model. Fails whole: the old one stays on an error.
 
+        Its arrays must not change afterwards.
+
         Raises:
-            DataError: names or shapes do not fit the adapter's own spec, or the spec does not fit this bundle.
+            DataError: names or shapes do not fit the adapter's own spec, values are not finite, or the spec does not fit
+            this bundle.
         """
         ...
 
@@ -76,7 +88,10 @@ class Scorer(Protocol):
 
 
 class Engine(Scorer, Protocol):
-    """One base model, one task, and any adapter."""
+    """One base model, one task, and any adapter; for one thread at a time.
+
+    Texts are lists: a bare string, or a text that leaves nothing to read, is a DataError.
+    """
 
     encoder: PromptEncoder
 
@@ -121,22 +136,36 @@ def open_bundle(folder: str | Path, task: Task | None = None, variant: str = "",
     return open_engine(folder, bundle, task, variant, threads)
 
 
+def check_runtime(variant: Variant) -> None:
+    """Raises: MissingRuntime: what runs the variant is not installed here, or is too old; says how to get it."""
+    package, extra = ("llama-cpp-python", "[gguf]") if variant.runtime == "llama.cpp" else ("onnxruntime", "")
+    try:
+        found = version(package)
+        find_spec(package.removesuffix("-python").replace("-", "_"))
+    except (PackageNotFoundError, ModuleNotFoundError) as error:
+        raise MissingRuntime(
+            f"variant {variant.name!r} runs in {variant.runtime}, which is not installed: pip install 'tandem-edge{extra}'"
+            f"{' (it compiles for some minutes)' if extra else ''}, or choose another variant"
+        ) from error
+    if bundles.older(found, variant.minimum):
+        raise MissingRuntime(
+            f"variant {variant.name!r} needs {package} {variant.minimum}, this is {found}: pip install --upgrade {package}"
+        )
+
+
 def open_engine(folder: Path, bundle: Bundle, task: Task | None = None, variant: str = "", threads: int = 1) -> Engine:
     """Loads a variant of a verified bundle folder, for the bundle's own task unless another is given.
 
     Raises:
         SettingsError: the bundle has no such variant.
-        DataError: the task does not fit the model, or the variant's runtime is missing or too old.
+        MissingRuntime: the variant's runtime is missing or too old. DataError: the task does not fit the model, or the file
+        does not load.
     """
     chosen = bundle.variant(variant)
+    check_runtime(chosen)
     if chosen.runtime == "llama.cpp":
-        try:
-            from edge_sdk.engines.gguf import GgufEngine
-        except ModuleNotFoundError as error:
-            raise DataError(
-                f"variant {chosen.name!r} runs in llama.cpp, which is not installed: pip install 'tandem-edge[gguf]' "
-                "(it compiles for some minutes), or choose another variant"
-            ) from error
+        from edge_sdk.engines.gguf import GgufEngine
+
         return GgufEngine(folder, bundle, chosen, task or bundle.task, threads)
     from edge_sdk.engines.onnx import OnnxEngine
 

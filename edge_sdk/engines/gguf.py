@@ -9,31 +9,35 @@ from __future__ import annotations
 import logging
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_float, c_int8, c_int32, create_string_buffer
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gguf
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_sdk.adapters import Adapter, mismatch, shapes_of
-from edge_sdk.bundle import TOKENIZER, Bundle, Variant, older
-from edge_sdk.engines import Sampling, TopK, gguf_adapter, sample
+from edge_sdk.adapters import Adapter, check
+from edge_sdk.bundle import TOKENIZER, Bundle, Variant
+from edge_sdk.engines import Sampling, TopK, gguf_adapter, sample, wanted
 from edge_sdk.errors import DataError
 from edge_sdk.tasks import Head, Task, log_softmax, softmax
-from edge_sdk.tokens import Ids, PromptEncoder
+from edge_sdk.tokens import Ids, PromptEncoder, readable
 
 BATCH = 16  # sequences in one decode
 TOKENS = 256  # tokens in one decode, unless a single text has more: they all attend to all cells, most of them masked
 LOADED = 4  # adapters kept in memory
 
 _lib: Any = llama_cpp
+P = ParamSpec("P")
+R = TypeVar("R")
 _log = logging.getLogger(__name__)
-_ERROR = 3  # ggml's level
+_ERROR = 4  # ggml's level
 _SHARED = 0  # the sequence that holds what all prompts begin with
 
 
@@ -92,13 +96,28 @@ class _Runtime:
         self.kv_heads = int(_lib.llama_model_n_head_kv(model))
         self.architecture = self._meta("general.architecture")
 
+    def opened(self) -> None:
+        """Raises: DataError: the engine is closed."""
+        if self._handles.model is None:
+            raise DataError("this engine is closed; open another")
+
+    def shut(self) -> None:
+        """Frees everything now."""
+        self.close()
+        self._size, self._worn = 0, None
+
     def _meta(self, key: str) -> str:
         buffer = create_string_buffer(256)
         found = _lib.llama_model_meta_val_str(self._handles.model, key.encode(), buffer, len(buffer))
         return buffer.value.decode() if found >= 0 else ""
 
     def fit(self, tokens: int) -> bool:
-        """Makes room for this many tokens at once; True where that threw away what was read before."""
+        """Makes room for this many tokens at once; True where that threw away what was read before.
+
+        Raises:
+            DataError: there is not the memory, or the engine is closed.
+        """
+        self.opened()
         if tokens <= self._size:
             return False
         if self._handles.context is not None:
@@ -211,6 +230,17 @@ def _decode(
     return int(_lib.llama_decode(context, batch))
 
 
+def _alone(method: Callable[Concatenate[GgufEngine, P], R]) -> Callable[Concatenate[GgufEngine, P], R]:
+    """One call at a time: llama.cpp ends the process when two threads use a context."""
+
+    @wraps(method)
+    def call(self: GgufEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class GgufEngine:
     """Runs one GGUF variant of a bundle folder for one task.
 
@@ -223,26 +253,22 @@ class GgufEngine:
     """
 
     def __init__(self, folder: Path, bundle: Bundle, variant: Variant, task: Task, threads: int = 1) -> None:
-        if older(_lib.__version__, variant.minimum):
-            raise DataError(
-                f"variant {variant.name!r} needs llama-cpp-python {variant.minimum}, this is {_lib.__version__}: "
-                "pip install --upgrade llama-cpp-python"
-            )
         if bundle.kind != "decoder":
             raise DataError(f"variant {variant.name!r} is an encoder, which runs in ONNX Runtime only; choose another variant")
         self.encoder = PromptEncoder(folder / TOKENIZER, bundle.prefix, bundle.suffix, bundle.positions, task)
         self._path, self._bundle, self._task = folder / variant.file, bundle, task
         self._words = self.encoder.words()
-        self._slots = {slot.a: slot for slot in bundle.slots}
         self._loaded: list[tuple[Adapter, Any]] = []  # the one used last comes last
         self._holds = False  # whether sequence 0 holds what all prompts begin with
         self._head: Head | None = None
+        self._lock = RLock()
         self._runtime = _Runtime(self._path, threads)
 
+    @_alone
     def close(self) -> None:
         """Frees the model; the engine cannot be used afterwards."""
-        self._loaded = []
-        self._runtime.close()
+        self._loaded, self._holds = [], False
+        self._runtime.shut()
 
     @property
     def head(self) -> Head:
@@ -258,6 +284,7 @@ class GgufEngine:
         return self._head
 
     # Adapters ---------------------------------------------------------------------------------------------------------
+    @_alone
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Uses an adapter from the next call on; None goes back to the base model. Its arrays must not change afterwards.
 
@@ -265,10 +292,11 @@ class GgufEngine:
             DataError: names or shapes do not fit the spec, or the spec does not fit this bundle; the old one stays.
         """
         handle = None
+        self._runtime.opened()
         if adapter is not None:
             handle = self._find(adapter)
             if handle is None:
-                self._check(adapter)
+                check(adapter, self._bundle.slots)
                 handle = self._load(adapter)
         self._runtime.wear(handle)
         self._holds = False
@@ -282,13 +310,6 @@ class GgufEngine:
                 self._loaded.append(self._loaded.pop(i))
                 return handle
         return None
-
-    def _check(self, adapter: Adapter) -> None:
-        if problem := mismatch(shapes_of(adapter.arrays), adapter.spec.shapes()):
-            raise DataError(f"the adapter does not fit: {problem}")
-        unknown = [slot.module for slot in adapter.spec.slots if slot != self._slots.get(slot.a)]
-        if unknown:
-            raise DataError(f"this bundle has no adapter slot for {unknown[0]}")
 
     def _load(self, adapter: Adapter) -> Any:
         model = self._runtime
@@ -308,8 +329,10 @@ class GgufEngine:
 
     def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """The same for token ids as they stand."""
+        readable(sequences, self._runtime.vocabulary)
         return self._classes(sequences, shared=False)
 
+    @_alone
     def _classes(self, prompts: Sequence[Ids], shared: bool) -> NDArray[np.float32]:
         out = np.zeros((len(prompts), len(self._words)), np.float32)
         first = np.array([ids[0] for ids in self._words])
@@ -325,10 +348,11 @@ class GgufEngine:
         """Class probabilities (n, n_classes), in the order of `texts`."""
         return softmax(self.logits(texts))
 
+    @_alone
     def top_k(self, texts: Sequence[str], k: int) -> TopK:
         """The next token after each text as it stands."""
         sequences = self.encoder.plain(texts)
-        k = min(k, self._runtime.vocabulary)
+        k = wanted(k, self._runtime.vocabulary)
         found = np.zeros((len(sequences), k), np.int64)
         logprobs = np.zeros((len(sequences), k), np.float32)
         for batch, _, indices in self._batches(sequences):
@@ -342,6 +366,7 @@ class GgufEngine:
         rows = self.readout(self.encoder.plain(texts))
         return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12), np.float32)
 
+    @_alone
     def readout(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """The last hidden state of token ids as they stand, (n, width)."""
         out = np.zeros((len(sequences), self._runtime.width), np.float32)
@@ -353,6 +378,7 @@ class GgufEngine:
             self._runtime.ask_hidden(False)
         return out
 
+    @_alone
     def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
         """What the model writes after `prompt`, up to its end token."""
         rng = np.random.default_rng(sampling.seed)

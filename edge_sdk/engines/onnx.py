@@ -14,12 +14,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_sdk.adapters import Adapter, mismatch, shapes_of
-from edge_sdk.bundle import TOKENIZER, Bundle, Variant, older
-from edge_sdk.engines import Sampling, TopK, sample
+from edge_sdk.adapters import Adapter, check
+from edge_sdk.bundle import TOKENIZER, Bundle, Variant
+from edge_sdk.engines import Sampling, TopK, sample, wanted
 from edge_sdk.errors import DataError
 from edge_sdk.tasks import Head, Task, log_softmax, softmax
-from edge_sdk.tokens import Ids, PromptEncoder, by_length, pad
+from edge_sdk.tokens import Ids, PromptEncoder, by_length, pad, readable
 
 BATCH = 16
 Feeds = dict[str, NDArray[Any]]
@@ -33,23 +33,17 @@ class OnnxEngine:
         threads: of ONNX Runtime inside one operator.
 
     Raises:
-        DataError: the task's words do not fit the bundle's tokenizer or kind, or this ONNX Runtime cannot run the graph.
+        DataError: the task's words do not fit the bundle's tokenizer or kind, or ONNX Runtime cannot load the graph.
     """
 
     def __init__(self, folder: Path, bundle: Bundle, variant: Variant, task: Task, threads: int = 1) -> None:
-        if older(ort.__version__, variant.minimum):
-            raise DataError(
-                f"variant {variant.name!r} needs onnxruntime {variant.minimum}, this is {ort.__version__}: "
-                "pip install --upgrade onnxruntime"
-            )
         self.encoder = PromptEncoder(folder / TOKENIZER, bundle.prefix, bundle.suffix, bundle.positions, task)
         self._task, self._bundle = task, bundle
         self._session = _session(folder / variant.file, threads)
         self._inputs = {i.name: i.shape for i in self._session.get_inputs()}
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._columns = {o.name: o.shape[-1] for o in self._session.get_outputs()}
         self._only = ort.RunOptions()
         self._only.only_execute_path_to_fetches = True  # type: ignore[attr-defined, unused-ignore]
-        self._slots = {slot.a: slot for slot in bundle.slots}
         self._adapter: Feeds = {}
         self._shared: Feeds | None = None  # cache of what all prompts begin with, under the present adapter
         self._words = [] if bundle.kind == "encoder" else self.encoder.words()
@@ -74,14 +68,10 @@ class OnnxEngine:
         """
         feeds: Feeds = {}
         if adapter is not None:
+            check(adapter, self._bundle.slots)
             arrays, spec = adapter
-            if problem := mismatch(shapes_of(arrays), spec.shapes()):
-                raise DataError(f"the adapter does not fit: {problem}")
-            unknown = [slot.module for slot in spec.slots if slot != self._slots.get(slot.a)]
-            if unknown:
-                raise DataError(f"this bundle has no adapter slot for {unknown[0]}")
-            feeds = {s.a: np.ascontiguousarray(arrays[s.a], np.float32) for s in spec.slots}
-            feeds |= {s.b: np.ascontiguousarray(arrays[s.b] * np.float32(spec.scaling)) for s in spec.slots}
+            feeds = {s.a: np.array(arrays[s.a], np.float32, order="C") for s in spec.slots}
+            feeds |= {s.b: np.array(arrays[s.b] * np.float32(spec.scaling), np.float32, order="C") for s in spec.slots}
         self._adapter, self._shared = feeds, None
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -90,6 +80,7 @@ class OnnxEngine:
 
     def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """The same for token ids as they stand."""
+        readable(sequences, self.encoder.vocabulary)
         return self._classes(sequences, shared=False)
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -99,9 +90,14 @@ class OnnxEngine:
     def top_k(self, texts: Sequence[str], k: int) -> TopK:
         """The next token after each text as it stands. Raises: DataError: an encoder has none."""
         self._needs_decoder("top_k")
-        logprobs = log_softmax(self._run(self.encoder.plain(texts), "logits"))
-        ids = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
-        return TopK(ids.astype(np.int64), np.take_along_axis(logprobs, ids, axis=1))
+        sequences = self.encoder.plain(texts)
+        k = wanted(k, self._columns["logits"])
+        found = TopK(np.zeros((len(texts), k), np.int64), np.zeros((len(texts), k), np.float32))
+        for batch, rows in self._batches(sequences, "logits"):
+            logprobs = log_softmax(rows)
+            found.ids[batch] = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+            found.logprobs[batch] = np.take_along_axis(logprobs, found.ids[batch], axis=1)
+        return found
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit-length vectors (n, width): an encoder's mean, a decoder's last hidden state."""
@@ -135,17 +131,22 @@ class OnnxEngine:
 
     def _run(self, sequences: Sequence[Ids], output: str, shared: bool = False) -> NDArray[np.float32]:
         """One output row for each sequence. With `shared`, all of them begin with `encoder.shared`."""
+        out = np.zeros((len(sequences), self._columns[output]), np.float32)
+        for batch, rows in self._batches(sequences, output, shared):
+            out[batch] = rows
+        return out
+
+    def _batches(
+        self, sequences: Sequence[Ids], output: str, shared: bool = False
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Batch by batch, which sequences were read and their output rows."""
         start = len(self.encoder.shared)
         past = self._shared_cache() if shared and all(len(ids) > start for ids in sequences) else {}
         start = start if past else 0
-        out: NDArray[np.float32] | None = None
         for batch in by_length(sequences, BATCH):
             feeds = self._feeds([sequences[i][start:] for i in batch], past)
             (rows,) = self._session.run([output], feeds, self._only)
-            if out is None:
-                out = np.zeros((len(sequences), rows.shape[1]), np.float32)
-            out[batch] = rows
-        return out if out is not None else np.zeros((0, self._bundle.width), np.float32)
+            yield batch, rows
 
     def _feeds(self, sequences: Sequence[Ids], past: Feeds) -> Feeds:
         ids, mask = pad(sequences)
@@ -202,14 +203,18 @@ class OnnxEngine:
     def _word_logprobs(self, prompts: Sequence[Ids], shared: bool) -> NDArray[np.float32]:
         """Sum of the log-probabilities of each class's word, token by token, (n, n_classes)."""
         total = np.zeros((len(prompts), len(self._words)), np.float32)
-        known: dict[tuple[int, ...], NDArray[np.float32]] = {}  # words with the same beginning share its run
-        for column, word in enumerate(self._words):
-            for at, token in enumerate(word):
-                said = tuple(word[:at])
-                if said not in known:
-                    known[said] = log_softmax(self._run([[*p, *said] for p in prompts], "logits", shared))
-                total[:, column] += known[said][:, token]
+        for said in dict.fromkeys(tuple(word[:at]) for word in self._words for at in range(len(word))):
+            # words with the same beginning share its run
+            following = [(column, word[len(said)]) for column, word in enumerate(self._words) if _begins(word, said)]
+            for batch, rows in self._batches([[*p, *said] for p in prompts], "logits", shared):
+                logprobs = log_softmax(rows)
+                for column, token in following:
+                    total[batch, column] += logprobs[:, token]
         return total
+
+
+def _begins(word: Ids, said: tuple[int, ...]) -> bool:
+    return len(word) > len(said) and tuple(word[: len(said)]) == said
 
 
 def _session(path: Path, threads: int) -> Any:

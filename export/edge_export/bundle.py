@@ -6,6 +6,7 @@ Everything is made aside and put in place by one rename, and only if every varia
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +22,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from edge_export import families, int8, probe, report, rounding, source
+from edge_export import families, gguf, int8, probe, report, rounding, source
 from edge_export import graph as surgery
 from edge_export.measure import Measured, measure
 from edge_export.smooth import Smoothed, sites, smooth
+from edge_sdk import bundle as bundles
 from edge_sdk import golden
 from edge_sdk.adapters import Adapter, AdapterSpec, row_major
 from edge_sdk.assets import Asset, resolve
-from edge_sdk.bundle import NAME, SCHEMA, TOKENIZER, Bundle, Variant, digest
+from edge_sdk.bundle import NAME, SCHEMA, TOKENIZER, Bundle, Variant, digest, seal
 from edge_sdk.engines import open_engine
 from edge_sdk.engines.onnx import OnnxEngine
 from edge_sdk.errors import DataError
@@ -40,7 +42,7 @@ from edge_sdk.training.learner import readout
 
 FLOOR = 0.99
 MOST_PARAMETERS = 530_000_000  # of a model whose fp32 graph stays below protobuf's 2 GB
-GGUF = ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k")
+GGUF = gguf.QUANTS
 VARIANTS = ("int8", "fp32", *GGUF)
 LLAMA_MINIMUM = "0.3.30"  # llama-cpp-python whose adapters can be swapped
 SENTIMENT: dict[Kind, Task] = {
@@ -82,9 +84,21 @@ class Made:
 
 
 def default_variants(asset: Asset) -> tuple[str, ...]:
-    """int8, and q8_0 too for a decoder where llama.cpp is there to measure it."""
-    decoder = families.family_of(source.config_of(resolve(asset)).model_type).kind == "decoder"
-    return ("int8", "q8_0") if decoder and importlib.util.find_spec("llama_cpp") else ("int8",)
+    """int8, and q8_0 too where the model can be GGUF and llama.cpp is there to measure it."""
+    fits = source.config_of(resolve(asset)).model_type in gguf.ARCHITECTURES
+    return ("int8", "q8_0") if fits and importlib.util.find_spec("llama_cpp") else ("int8",)
+
+
+def _possible(recipe: Recipe, path: Path) -> None:
+    """Raises: DataError: a variant asked for cannot be made of this model here; said before hours of work."""
+    model_type = source.config_of(path).model_type
+    families.family_of(model_type)
+    for name in set(recipe.variants) & set(GGUF):
+        if model_type not in gguf.ARCHITECTURES:
+            known = ", ".join(gguf.ARCHITECTURES)
+            raise DataError(f"variant {name!r}: a {model_type!r} model cannot be written as GGUF; supported are: {known}")
+        if not importlib.util.find_spec("llama_cpp"):
+            raise DataError(f"variant {name!r} is measured in llama.cpp, which is not installed: pip install 'tandem-edge[gguf]'")
 
 
 def make(asset: Asset, out: Path, recipe: Recipe = Recipe(), say: Say = lambda _: None) -> Made:  # frozen
@@ -97,17 +111,19 @@ def make(asset: Asset, out: Path, recipe: Recipe = Recipe(), say: Say = lambda _
         AssetError: the model could not be had. DataError: it is of no supported family, its graph has no such layers, the
         task does not fit, a variant is below the floor, or `out` holds other files.
     """
+    out = out.expanduser().resolve()
     _may_replace(out)
     for name in recipe.variants:
-        if name not in VARIANTS:
-            raise DataError(f"there is no variant {name!r}; there are: {', '.join(VARIANTS)}")
+        if name not in VARIANTS or recipe.variants.count(name) > 1:
+            raise DataError(f"variant {name!r} does not exist or comes twice; there are: {', '.join(VARIANTS)}")
+    if not 0 <= recipe.floor <= 1:
+        raise DataError(f"the floor is a correlation between 0 and 1, not {recipe.floor}")
     path = resolve(asset)
+    _possible(recipe, path)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
         made = _Making(asset, path, recipe, Path(temporary), say).run()
-        if out.exists():
-            shutil.rmtree(out)
-        (Path(temporary) / "bundle").rename(out)
+        _replace(Path(temporary) / "bundle", out)
     return made
 
 
@@ -115,7 +131,7 @@ class _Making:
     """The stages, in order; each leaves what the next needs."""
 
     def __init__(self, asset: Asset, path: Path, recipe: Recipe, work: Path, say: Say) -> None:
-        self.asset, self.recipe, self.work, self.say = asset, recipe, work, say
+        self.asset, self.path, self.recipe, self.work, self.say = asset, path, recipe, work, say
         self.folder = work / "bundle"
         self.folder.mkdir()
         say("loading the weights")
@@ -173,7 +189,7 @@ class _Making:
     def _describe(self) -> Bundle:
         """All that is known before any variant exists."""
         config, kind = self.config, self.family.kind
-        prefix, suffix = source.frame(self.tokenizer, kind)
+        prefix, suffix = source.frame(self.tokenizer, kind, self.path.suffix == ".gguf")
         encoder = PromptEncoder(self.folder / TOKENIZER, prefix, suffix, int(config.max_position_embeddings), self.task)
         words = tuple(tuple(ids) for ids in encoder.words()) if kind == "decoder" else ()
         layers = int(config.num_hidden_layers)
@@ -273,10 +289,6 @@ class _Making:
         onnx.save(copy, self.folder / "model.int8.onnx")
 
     def _gguf(self, quant: str) -> None:
-        if self.family.kind != "decoder":
-            raise DataError(f"variant {quant!r}: only decoders become GGUF here; an encoder runs in ONNX Runtime")
-        from edge_export import gguf
-
         gguf.write(self.plain, self.folder / f"model.{quant}.gguf", quant)
 
     def _refuse(self, measured: Measured) -> None:
@@ -299,8 +311,8 @@ class _Making:
         made = Made(self.bundle, measured, self.probe, self.recipe.threads)
         (self.folder / report.NAME).write_text(report.page(made), encoding="utf-8")
         files = {path.name: digest(path) for path in sorted(self.folder.iterdir())}
-        bundle = msgspec.structs.replace(self.bundle, variants=variants, files=files)
-        (self.folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(bundle), indent=1) + b"\n")
+        bundle = seal(msgspec.structs.replace(self.bundle, variants=variants, files=files))
+        bundles.write(self.folder, bundle)
         return replace(made, bundle=bundle)
 
     def _golden(self, variants: Sequence[Variant]) -> None:
@@ -352,6 +364,22 @@ def _anywhere(reference: str) -> str:
 
 
 def _may_replace(out: Path) -> None:
-    """Raises: DataError: `out` holds something that is not a bundle."""
-    if out.is_dir() and any(out.iterdir()) and not (out / NAME).exists():
-        raise DataError(f"{out} holds other files; choose a new or an empty folder")
+    """Raises: DataError: `out` is no folder, or holds anything that is not part of a bundle."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file; choose a new or an empty folder")
+    present = {path.name for path in out.iterdir()}
+    try:
+        ours = {NAME, ".lock", *json.loads((out / NAME).read_bytes())["files"]} if NAME in present else set()
+    except (ValueError, KeyError, TypeError):
+        ours = {NAME}
+    if present - ours:
+        raise DataError(f"{out} holds other files ({sorted(present - ours)[0]}, ...); choose a new or an empty folder")
+
+
+def _replace(staged: Path, out: Path) -> None:
+    """Puts a folder in the place of another; what was there is deleted last."""
+    if out.exists():
+        out.rename(staged.with_name("old"))  # deleted with the temporary folder
+    staged.rename(out)

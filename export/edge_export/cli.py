@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -16,7 +18,7 @@ from edge_sdk import golden
 from edge_sdk.assets import MODELS, Asset
 from edge_sdk.bundle import Bundle, Variant
 from edge_sdk.engines import open_engine
-from edge_sdk.errors import DataError, EdgeError, SettingsError
+from edge_sdk.errors import DataError, EdgeError, MissingRuntime, SettingsError
 from edge_sdk.tasks import Task
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 an error said on stderr, 2 wrong arguments."""
     args = _parser().parse_args(arguments)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half-made folders go, as with Ctrl-C
     try:
         code: int = args.call(args)
     except ModuleNotFoundError as error:
@@ -131,8 +135,10 @@ def _check(args: argparse.Namespace) -> int:
 def _check_variant(folder: Path, bundle: Bundle, variant: Variant, vectors: Any, adapter: Any) -> dict[str, Any]:
     try:
         engine = open_engine(folder, bundle, variant=variant.name)
-    except DataError as error:
+    except MissingRuntime as error:
         return {"variant": variant.name, "ran": False, "good": True, "said": f"left out: {error}"}
+    except EdgeError as error:
+        return {"variant": variant.name, "ran": True, "good": False, "said": f"WRONG: {error}"}
     outcome = golden.check(engine, variant.name, vectors, adapter)
     said = f"base off by {outcome.base:.2g}, with the golden adapter by {outcome.adapted:.2g}, {outcome.tolerance:.2g} allowed"
     return {

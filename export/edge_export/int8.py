@@ -18,6 +18,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from edge_export.graph import constant, module_of
 
 LEVELS = 127
+HEAD_LEVELS = 63  # beside a table of full int8 values, activations take 7 bits, so that two products still fit into 16
 CONTRIB = "com.microsoft"
 
 
@@ -63,9 +64,10 @@ def quantize(graph: GraphProto, matrices: Mapping[str, IntMatrix], fine: Collect
 class _Tokens:
     """One activation tensor, rounded when the first product asks for it: unit rows, and what each row was divided by."""
 
-    def __init__(self, source: str, stem: str) -> None:
+    def __init__(self, source: str, stem: str, constants: str = "/int8") -> None:
         self.source = source
         self.stem = f"/int8{stem}"
+        self.step, self.fine_step, self.zero = (f"{constants}/{name}" for name in ("step", "finestep", "zero"))
         self._coarse: list[NodeProto] | None = None
         self._fine: list[NodeProto] | None = None
 
@@ -82,7 +84,7 @@ class _Tokens:
             helper.make_node("Neg", [f"{s}/min"], [f"{s}/low"], name=f"{s}/Neg"),
             helper.make_node("Max", [f"{s}/max", f"{s}/low", "/int8/tiny"], [self.scale], name=f"{s}/Max"),
             helper.make_node("Div", [self.source, self.scale], [f"{s}/unit"], name=f"{s}/Div"),
-            helper.make_node("QuantizeLinear", [f"{s}/unit", "/int8/step", "/int8/zero"], [f"{s}/q"], name=f"{s}/Quantize"),
+            helper.make_node("QuantizeLinear", [f"{s}/unit", self.step, self.zero], [f"{s}/q"], name=f"{s}/Quantize"),
         ]
         return f"{s}/q", self._coarse if new else []
 
@@ -90,9 +92,9 @@ class _Tokens:
         """The same for what the first rounding left over, in steps 254 times smaller."""
         s, new = self.stem, self._fine is None
         self._fine = [
-            helper.make_node("DequantizeLinear", [f"{s}/q", "/int8/step", "/int8/zero"], [f"{s}/back"], name=f"{s}/Back"),
+            helper.make_node("DequantizeLinear", [f"{s}/q", self.step, self.zero], [f"{s}/back"], name=f"{s}/Back"),
             helper.make_node("Sub", [f"{s}/unit", f"{s}/back"], [f"{s}/rest"], name=f"{s}/Sub"),
-            helper.make_node("QuantizeLinear", [f"{s}/rest", "/int8/finestep", "/int8/zero"], [f"{s}/r"], name=f"{s}/Fine"),
+            helper.make_node("QuantizeLinear", [f"{s}/rest", self.fine_step, self.zero], [f"{s}/r"], name=f"{s}/Fine"),
         ]
         return f"{s}/r", self._fine if new else []
 
@@ -100,28 +102,31 @@ class _Tokens:
 def _constants(graph: GraphProto) -> None:
     constant(graph, "/int8/axis", np.array([-1], np.int64))
     constant(graph, "/int8/tiny", np.array(1e-6, np.float32))
-    constant(graph, "/int8/step", np.array(1 / LEVELS, np.float32))
-    constant(graph, "/int8/finestep", np.array(0.5 / LEVELS**2, np.float32))
-    constant(graph, "/int8/zero", np.array(128, np.uint8))
     constant(graph, "/int8/zero_weight", np.array(0, np.int8))
+    for name, levels in (("/int8", LEVELS), ("/int8head", HEAD_LEVELS)):
+        constant(graph, f"{name}/step", np.array(1 / levels, np.float32))
+        constant(graph, f"{name}/finestep", np.array(0.5 / levels**2, np.float32))
+        constant(graph, f"{name}/zero", np.array(levels + 1, np.uint8))
 
 
 def _product(graph: GraphProto, node: NodeProto, tokens: _Tokens, matrix: IntMatrix, fine: bool) -> list[NodeProto]:
     weight = constant(graph, f"{node.name}/int8", matrix.integers)
     scale = constant(graph, f"{node.name}/scale", matrix.scale.astype(np.float32))
     q, nodes = tokens.coarse()
-    nodes = [*nodes, _to_float(node.name, q, weight, scale, "/int8/step", f"{node.name}/unit")]
+    nodes = [*nodes, _to_float(node.name, (q, tokens.step, tokens.zero), weight, scale, f"{node.name}/unit")]
     result = f"{node.name}/unit"
     if fine:
         r, more = tokens.fine()
-        nodes += [*more, _to_float(f"{node.name}/Rest", r, weight, scale, "/int8/finestep", f"{node.name}/rest")]
+        nodes += [*more, _to_float(f"{node.name}/Rest", (r, tokens.fine_step, tokens.zero), weight, scale, f"{node.name}/rest")]
         nodes.append(helper.make_node("Add", [result, f"{node.name}/rest"], [f"{node.name}/sum"], name=f"{node.name}/Sum"))
         result = f"{node.name}/sum"
     return [*nodes, helper.make_node("Mul", [result, tokens.scale], [node.output[0]], name=f"{node.name}/Scale")]
 
 
-def _to_float(name: str, q: str, weight: str, scale: str, step: str, output: str) -> NodeProto:
-    inputs = [q, weight, step, scale, "/int8/zero", "/int8/zero_weight"]
+def _to_float(name: str, rounded: tuple[str, str, str], weight: str, scale: str, output: str) -> NodeProto:
+    """The product of rounded activations (tensor, step, zero point) and integer weights, as floats."""
+    q, step, zero = rounded
+    inputs = [q, weight, step, scale, zero, "/int8/zero_weight"]
     return helper.make_node("MatMulIntegerToFloat", inputs, [output], domain=CONTRIB, name=f"{name}/Int8")
 
 
@@ -153,20 +158,20 @@ def _lookup(graph: GraphProto, node: NodeProto, weight: TensorProto) -> list[Nod
 
 
 def _head(graph: GraphProto, node: NodeProto, weights: Mapping[str, TensorProto], tables: Collection[str]) -> list[NodeProto]:
-    """Scores of every next token from the rounded table, with 16-bit activations; both halves stay within 16-bit sums."""
+    """Scores of every next token from the rounded table, with 14-bit activations in two halves of 7."""
     table = next(name for name in tables if name in weights and _feeds_head(graph, name))
     integers, _ = _table(graph, weights[table])
     scale = numpy_helper.to_array(next(w for w in graph.initializer if w.name == f"{table}/scale"))[:, 0]
     columns = constant(graph, "/head/scale", scale)
-    tokens = _Tokens(node.input[0], "/head")
+    tokens = _Tokens(node.input[0], "/head", "/int8head")
     q, nodes = tokens.coarse()
     r, more = tokens.fine()
     return [
         *nodes,
         *more,
         helper.make_node("Transpose", [integers], ["/head/columns"], perm=[1, 0], name="/head/Transpose"),
-        _to_float("/head/Coarse", q, "/head/columns", columns, "/int8/step", "/head/unit"),
-        _to_float("/head/Rest", r, "/head/columns", columns, "/int8/finestep", "/head/rest"),
+        _to_float("/head/Coarse", (q, tokens.step, tokens.zero), "/head/columns", columns, "/head/unit"),
+        _to_float("/head/Rest", (r, tokens.fine_step, tokens.zero), "/head/columns", columns, "/head/rest"),
         helper.make_node("Add", ["/head/unit", "/head/rest"], ["/head/sum"], name="/head/Sum"),
         helper.make_node("Mul", ["/head/sum", tokens.scale], [node.output[0]], name="/head/Mul"),
     ]

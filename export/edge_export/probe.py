@@ -60,7 +60,7 @@ def read(path: Path, labels: Sequence[str]) -> Probe:
     """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [(str(row["text"]), row.get("label")) for row in rows]
+        found = [(str(row["text"]), None if row.get("label") is None else str(row["label"])) for row in rows]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f'{path} is not a file of JSON lines with "text" and perhaps "label" ({error!r})') from error
     if len(found) < 32:
@@ -68,7 +68,7 @@ def read(path: Path, labels: Sequence[str]) -> Probe:
     texts = tuple(text for text, _ in found)
     known = {label: index for index, label in enumerate(labels)}
     judge = [row for at, row in enumerate(found) if at % 4 > 1]
-    return Probe(texts[0::4], texts[1::4], tuple(t for t, _ in judge), tuple(known.get(label) for _, label in judge))
+    return Probe(texts[0::4], texts[1::4], tuple(t for t, _ in judge), tuple(known.get(label or "") for _, label in judge))
 
 
 def compare(reference: NDArray[np.float32], scores: NDArray[np.float32], labels: Sequence[int | None] = ()) -> Agreement:

@@ -81,12 +81,14 @@ def gptq(weight: Tensor, x: Tensor, bits: int = WEIGHT_BITS, block: int = 128) -
 
 
 def round_all(places: Sequence[Site], read: Mapping[str, Tensor]) -> dict[str, Rounded]:
-    """Every linear layer of every site, by module path."""
-    return {
-        name: gptq(linear.weight.detach(), fake_activations(read[place.name]))
-        for place in places
-        for name, linear in zip(place.names, place.linears, strict=True)
-    }
+    """Every linear layer of every site, by module path; the layers of a site read the same and are rounded together."""
+    found: dict[str, Rounded] = {}
+    for place in places:
+        whole = gptq(torch.cat([linear.weight.detach() for linear in place.linears]), fake_activations(read[place.name]))
+        sizes = [linear.out_features for linear in place.linears]
+        parts = zip(place.names, torch.split(whole.integers, sizes), torch.split(whole.scale, sizes), strict=True)
+        found |= {name: Rounded(integers, scale) for name, integers, scale in parts}
+    return found
 
 
 def damage(

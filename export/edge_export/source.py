@@ -29,7 +29,10 @@ def tokenizer_of(source: Path) -> Any:
     """Raises: DataError: there is none that a device can read."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from(AutoTokenizer, source)
+    try:
+        tokenizer = _from(AutoTokenizer, source)
+    except Exception as error:  # transformers fails in many ways where files are missing
+        raise DataError(f"{source} has no tokenizer that transformers can read ({str(error).splitlines()[0][:200]})") from error
     if not tokenizer.is_fast:
         raise DataError(f"{source} has no fast tokenizer, and a device reads only tokenizer.json")
     return tokenizer
@@ -41,14 +44,15 @@ def _from(auto: Any, source: Path) -> Any:
     return auto.from_pretrained(source)
 
 
-def frame(tokenizer: Any, kind: Kind) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids before and after every sequence: [CLS] and [SEP] of an encoder; none for a decoder.
+def frame(tokenizer: Any, kind: Kind, gguf: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids before and after every sequence: [CLS] and [SEP] of an encoder; BOS of a decoder whose tokenizer adds it.
 
-    A GGUF tokenizer puts BOS before everything it encodes; the label words were measured without it, so it stays out.
+    A tokenizer out of a GGUF file adds BOS to everything, whatever the model was trained with, so there it stays out.
     """
-    if kind == "decoder":
-        return (), ()
-    return (tokenizer.cls_token_id,), (tokenizer.sep_token_id,)
+    if kind == "encoder":
+        return (tokenizer.cls_token_id,), (tokenizer.sep_token_id,)
+    added = [] if gguf else tokenizer("").input_ids
+    return ((tokenizer.bos_token_id,) if tokenizer.bos_token_id in added else ()), ()
 
 
 def end_of_text(config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ from edge_sdk.engines import Engine, open_engine
 from edge_sdk.tasks import Example
 from edge_sdk.tokens import by_length
 from edge_sdk.training import base
-from edge_sdk.training.batches import Training
+from edge_sdk.training.batches import Job, Label, Row, Source, Training
 from edge_sdk.training.learner import Learner, readout
 
 ROOT = Path(__file__).parent.parent
@@ -101,9 +101,11 @@ def _trained(folder: Path, bundle: bundles.Bundle, examples: Sequence[Example]) 
     """LoRA of rank 8, 24 steps of 8 sentences: an adapter that changes the model a lot."""
     engine = open_engine(folder, bundle, variant="fp32", threads=THREADS)
     spec = AdapterSpec(bundle.slots, 8, 16.0)
-    learner = Learner.load(bundle, engine.head, engine.encoder, spec, THREADS)
-    training = Training(steps=24, batch_size=8, learning_rate=1e-3)
-    arrays, _ = learner.fit(spec.start(0), examples, [], None, training, None, np.random.default_rng(0))
+    learner = Learner.whole(bundle, engine.head, engine.encoder, spec, THREADS)
+    rows = [
+        Row(ids, Label(e.label or 0)) for ids, e in zip(engine.encoder.prompts([e.text for e in examples]), examples, strict=True)
+    ]
+    arrays, _ = learner.fit(Job(spec.start(0), [Source(rows, 8)], Training(steps=24, batch_size=8, learning_rate=1e-3), 0))
     return Adapter(arrays, spec)
 
 
@@ -111,7 +113,7 @@ def _transformers(model: Model, adapted: bool) -> Score:
     """torch fp32, the trunk and the label rows only: the fastest honest way to score with transformers."""
     engine = open_engine(model.folder, model.bundle, variant="fp32", threads=THREADS)
     if adapted:
-        learner = Learner.load(model.bundle, engine.head, engine.encoder, model.adapter.spec, THREADS)
+        learner = Learner.whole(model.bundle, engine.head, engine.encoder, model.adapter.spec, THREADS)
         learner.set(model.adapter.arrays)
         net: Any = learner.model
     else:

@@ -20,8 +20,10 @@ from edge_sdk import verbs
 from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays
 from edge_sdk.assets import MODELS, cache_folder, resolve
 from edge_sdk.engines import Engine, Scorer, open_engine
+from edge_sdk.errors import DataError
 from edge_sdk.tasks import Example, Private
-from edge_sdk.training import base
+from edge_sdk.tokens import Ids, PromptEncoder
+from edge_sdk.training.hidden import HiddenStates
 from edge_sdk.training.learner import Learner
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution
@@ -56,8 +58,7 @@ class Lab:
 
     def full(self) -> tuple[TorchEngine, Learner]:
         """A second copy of the base with every weight trainable; labels with itself."""
-        bundle = bundles.read(self.folder)
-        learner = Learner.full(base.load(bundle), bundle.kind, self.engine.head, self.engine.encoder)
+        learner = Learner.full(bundles.read(self.folder), self.engine.head, self.engine.encoder)
         return TorchEngine(learner), learner
 
 
@@ -66,6 +67,16 @@ class TorchEngine:
     """Scores with a learner's own weights: full-parameter training has no ONNX adapter slots."""
 
     learner: Learner
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        return self.learner.encoder
+
+    def answers(self, texts: Sequence[str]) -> list[Ids]:
+        raise DataError("for classes only")
+
+    def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:
+        raise DataError("for classes only")
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         if adapter is not None:
@@ -83,8 +94,20 @@ def lab(slm: str, threads: int = 1) -> Lab:
     bundle = bundles.read(folder)
     manifest = run_settings.manifest(settings, bundle)
     engine = open_engine(folder, bundle, settings.task, "fp32", threads)
-    learner = Learner.load(bundle, engine.head, engine.encoder, manifest.adapter, threads)
+    learner = learner_of(folder, bundle, engine, manifest.adapter, threads)
     return Lab(settings, manifest.adapter, bundle.parameters, engine, learner, folder)
+
+
+def learner_of(folder: Path, bundle: bundles.Bundle, engine: Engine, spec: AdapterSpec, threads: int = 1) -> Learner:
+    """Split training of all of `spec` on `engine`, which must wear no adapter below it; nothing is cached on disk."""
+    split = min(slot.layer for slot in spec.slots)
+
+    def compute(sequences: Sequence[Ids]) -> list[Array]:
+        engine.set_adapter(None)
+        return engine.hidden(sequences, split)
+
+    states, layers = HiddenStates(compute, "", None), bundle.layers - split
+    return Learner.split(folder, bundle, engine.head, engine.encoder, spec, states, layers, threads=threads)
 
 
 @cache
@@ -126,7 +149,7 @@ def federate(
     spec: AdapterSpec,
     settings: lpfl.LpFl,
     engine: Scorer,
-    trainer: verbs.Trainer,
+    trainer: verbs.Fits,
 ) -> Arrays:
     """Synchronous rounds of a whole fleet; with one device, training alone."""
     adapter = start
@@ -135,8 +158,8 @@ def federate(
         buffer = []
         for private in fleet:
             learned = verbs.train(version, adapter, spec, private, settings.training, settings.soft, seed, engine, trainer)
-            buffer.append(Contribution(learned.delta, learned.num_examples, 0))
-        adapter = lpfl.step(settings, adapter, buffer)
+            buffer.append(Contribution(learned.delta, learned.num_examples, 0, adapter))
+        adapter = lpfl.step(settings, spec, adapter, buffer)
     return adapter
 
 

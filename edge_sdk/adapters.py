@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from safetensors.numpy import load, save_file
 
 from edge_sdk.errors import DataError
 
+T = TypeVar("T", bound=np.generic)
 Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]
 
@@ -35,6 +36,11 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     out_features: int
 
     @property
+    def layer(self) -> int:
+        """The first whole number in the module path: `model.layers.7.self_attn.q_proj` -> 7; -1 where there is none."""
+        return next((int(part) for part in self.module.split(".") if part.isdigit()), -1)
+
+    @property
     def a(self) -> str:
         return f"{PREFIX}{self.module}.lora_A.weight"
 
@@ -44,11 +50,16 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which slots an adapter fills, at which rank; y = W x + (alpha / rank) B A x."""
+    """Which slots an adapter fills, at which rank; y = W x + (alpha / rank) B A x.
+
+    With `freeze_a` only the B factors are trained and travel, and A stays what it was at the start: then the mean of products
+    BA is the product of the mean. Source: Sun et al. 2024, "FFA-LoRA", section 4.
+    """
 
     slots: tuple[Slot, ...]
     rank: int
     alpha: float
+    freeze_a: bool = False
 
     @property
     def scaling(self) -> float:
@@ -61,6 +72,28 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             shapes[slot.a] = (self.rank, slot.in_features)
             shapes[slot.b] = (slot.out_features, self.rank)
         return shapes
+
+    def update_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Exact name -> shape of what is trained."""
+        return {slot.b: (slot.out_features, self.rank) for slot in self.slots} if self.freeze_a else self.shapes()
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are from the lowest that has a slot to the highest that has one."""
+        layers = [slot.layer for slot in self.slots]
+        return max(layers) - min(layers) + 1
+
+    def part(self, layers: int, rank: int) -> AdapterSpec:
+        """The slots of the `layers` highest layers, and the first `rank` components of each, on the same scale.
+
+        Raises:
+            DataError: there are not that many layers or components.
+        """
+        if not 1 <= layers <= self.depth or not 1 <= rank <= self.rank:
+            raise DataError(f"an adapter of {self.depth} layers and rank {self.rank} has no part of {layers} and {rank}")
+        lowest = max(slot.layer for slot in self.slots) - layers
+        slots = tuple(slot for slot in self.slots if slot.layer > lowest)
+        return AdapterSpec(slots, rank, self.alpha * rank / self.rank, self.freeze_a)
 
     def start(self, seed: int) -> dict[str, Array]:
         """The adapter every fleet starts from: A uniform in ±1/sqrt(in) (PEFT's default), B zero, so it changes nothing."""
@@ -81,6 +114,21 @@ class Adapter(NamedTuple):
 
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def take(arrays: Arrays, part: AdapterSpec) -> dict[str, Array]:
+    """What `part` covers of a larger adapter: the first rows of A and columns of B."""
+    taken = {slot.a: arrays[slot.a][: part.rank] for slot in part.slots}
+    return taken | {slot.b: arrays[slot.b][:, : part.rank] for slot in part.slots}
+
+
+def below(arrays: Arrays, spec: AdapterSpec, layer: int) -> Adapter | None:
+    """The part of an adapter in layers below `layer`; None where it changes nothing there."""
+    slots = tuple(slot for slot in spec.slots if slot.layer < layer)
+    if not any(arrays[slot.b].any() for slot in slots):
+        return None
+    lower = AdapterSpec(slots, spec.rank, spec.alpha, spec.freeze_a)
+    return Adapter({name: arrays[name] for name in lower.shapes()}, lower)
 
 
 def shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
@@ -127,26 +175,38 @@ def subtract(a: Arrays, b: Arrays) -> dict[str, Array]:
 
 
 def add(a: Arrays, b: Arrays, scale: float = 1.0) -> dict[str, Array]:
-    """a + scale * b, in float32."""
-    return {name: a[name] + np.float32(scale) * b[name] for name in a}
+    """a + scale * b, in float32; what b lacks stays as it is, and where it is smaller it is zero beyond its end."""
+    return {name: a[name] + np.float32(scale) * _fill(b[name], a[name].shape) if name in b else a[name] for name in a}
 
 
 def weighted_mean(items: Iterable[tuple[Arrays, float]]) -> dict[str, Array]:
     """Sum of weight * arrays over the sum of weights, as a running float64 sum: memory does not grow with the count.
 
+    Every name is averaged over the items that have it. Arrays of a smaller rank are zero beyond it.
+
     Raises:
         DataError: no item, or weights that do not sum to more than zero.
     """
     total: dict[str, NDArray[np.float64]] = {}
-    weights = 0.0
+    weights: dict[str, float] = {}
     for arrays, weight in items:
-        weights += weight
         for name, array in arrays.items():
             scaled = array.astype(np.float64) * weight
-            total[name] = total[name] + scaled if name in total else scaled
-    if weights <= 0:
+            if name in total:
+                shape = tuple(max(sizes) for sizes in zip(total[name].shape, scaled.shape, strict=True))
+                scaled = _fill(total[name], shape) + _fill(scaled, shape)
+            total[name] = scaled
+            weights[name] = weights.get(name, 0.0) + weight
+    if not weights or min(weights.values()) <= 0:
         raise DataError("cannot average: the weights sum to zero")
-    return {name: (array / weights).astype(np.float32) for name, array in total.items()}
+    return {name: (array / weights[name]).astype(np.float32) for name, array in total.items()}
+
+
+def _fill(array: NDArray[T], shape: tuple[int, ...]) -> NDArray[T]:
+    """Zeros up to `shape`."""
+    if array.shape == shape:
+        return array
+    return np.pad(array, [(0, size - own) for size, own in zip(shape, array.shape, strict=True)])
 
 
 def row_major(arrays: Arrays) -> dict[str, Array]:

@@ -1,42 +1,57 @@
 """The device daemon: carries out what `session.py` decides, with a store, a transport, an engine and a learner.
 
 Work runs in one worker thread, so the event loop stays free; everything worth keeping is on disk before the next step, so
-the process may be killed at any time. Said on stdout: one line per thing done.
+the process may be killed at any time. Training goes in small steps, each only if the device's conditions allow it, and after
+a power cut it goes on where it was, with or without a network. Said on stdout: one line per thing done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
 import logging
 import random
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from edge_sdk import bundle as bundles
-from edge_sdk import files, session, verbs, wire
-from edge_sdk.adapters import Array, Arrays
-from edge_sdk.engines import check_runtime, open_engine
+from edge_sdk import conditions, files, session, verbs, wire
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, below
+from edge_sdk.bundle import File
+from edge_sdk.eligibility import Conditions, NotNow, Policy, decide
+from edge_sdk.engines import Engine, check_runtime, open_engine
 from edge_sdk.errors import AssetError, DataError, MissingRuntime, Refused, SettingsError, Unreachable, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
 from edge_sdk.session import Action, Event, Session
-from edge_sdk.store import Parcel, Store
+from edge_sdk.store import WORK, Parcel, Store
 from edge_sdk.tasks import Private
+from edge_sdk.tokens import Ids
+from edge_sdk.training.batches import Progress
+from edge_sdk.training.depth import Limits, choose
 from edge_sdk.transport import Api, Transport
 
+if TYPE_CHECKING:  # they bring torch, which only training needs
+    from edge_sdk.training.learner import Learner
+    from edge_sdk.training.trainer import Trainer
+
 ADAPTER = "adapter.safetensors"
+CHECKPOINT = "training.safetensors"
+HIDDEN = "hidden.sqlite"
+DEFAULT_LIMITS, DEFAULT_POLICY = Limits(), Policy()
 FORGOTTEN = ("unknown-device", "wrong-shape")  # refusals of a server that does not know this device's run
 log = logging.getLogger(__name__)
 
 
 class Models:
-    """The bundle's engine and, on first use, the torch learner.
+    """The bundle's engine and, while something is trained, the torch learner.
 
     Args:
         folder: verified bundle.
@@ -47,17 +62,55 @@ class Models:
 
     def __init__(self, folder: Path, manifest: Manifest, variant: str, threads: int) -> None:
         self.manifest = manifest
-        self._threads = threads
+        self._folder, self._variant, self._threads = folder, variant, threads
         self.engine = open_engine(folder, manifest.bundle, manifest.task, variant, threads)
 
     @cached_property
-    def trainer(self) -> verbs.Trainer:
-        """Raises: DataError: the train extra is not installed."""
+    def trunk(self) -> Engine:
+        """The engine that computes the frozen layers: the device's own, where that runs in ONNX Runtime."""
+        name = self.manifest.bundle.trunk(self._variant).name
+        if name == self.manifest.bundle.variant(self._variant).name:
+            return self.engine
+        return open_engine(self._folder, self.manifest.bundle, self.manifest.task, name, self._threads)
+
+    def learner(
+        self, part: AdapterSpec, start: Arrays, limits: Limits, cache: Path | None, say: Callable[[str], None]
+    ) -> Learner:
+        """A learner for a part of the adapter, its trunk under the rest of the adapter `start`.
+
+        Args:
+            cache: file for hidden states; None to compute them every time.
+
+        Raises:
+            DataError: the train extra is not installed, or the bundle's files cannot be trained.
+        """
         if not can_train():
             raise DataError("training needs torch: pip install 'tandem-edge[train]'")
+        from edge_sdk.training.hidden import HiddenStates
         from edge_sdk.training.learner import Learner
 
-        return Learner.load(self.manifest.bundle, self.engine.head, self.engine.encoder, self.manifest.adapter, self._threads)
+        bundle, spec, trunk = self.manifest.bundle, self.manifest.adapter, self.trunk
+        split = min(slot.layer for slot in part.slots)
+        lower = below(start, spec, split)
+
+        def compute(sequences: Sequence[Ids]) -> list[Array]:
+            trunk.set_adapter(lower)
+            return trunk.hidden(sequences, split)
+
+        under = hashlib.sha256(b"" if lower is None else wire.pack_adapter(lower.arrays)).hexdigest()
+        key = f"{bundle.sha256} {bundle.trunk(self._variant).name} {split} {under}"
+        states = HiddenStates(compute, key, cache, int(limits.cache_mb * 1e6), say)
+        return Learner.split(
+            self._folder,
+            bundle,
+            None if self.manifest.task.answer_tokens else self.engine.head,
+            self.engine.encoder,
+            part,
+            states,
+            bundle.layers - split,
+            threads=self._threads,
+            micro_batch=limits.micro_batch,
+        )
 
 
 def can_train() -> bool:
@@ -75,6 +128,7 @@ class Agent:
         name: shown to the operator.
         threads: for inference and training.
         variant: of the bundle; "" for the recommended one.
+        limits: what training may cost. policy: when it may run. look: tells how the device is.
         say: told one line per thing done.
         sleep: waits that many seconds.
     """
@@ -87,6 +141,9 @@ class Agent:
         name: str,
         threads: int = 1,
         variant: str = "",
+        limits: Limits = DEFAULT_LIMITS,
+        policy: Policy = DEFAULT_POLICY,
+        look: Callable[[], Conditions] = conditions.look,
         say: Callable[[str], None] = print,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -96,6 +153,7 @@ class Agent:
         self._name = name
         self._threads = threads
         self._variant = variant
+        self._limits, self._policy, self._look = limits, policy, look
         self._say = say
         self._sleep = sleep
         self._manifest: Manifest | None = None
@@ -117,7 +175,8 @@ class Agent:
             return await self._live(updates)
 
     async def _live(self, updates: int | None) -> int:
-        state, action = session.step(Session(session.AskForWork()), session.Started(self._store.pending() is not None), 0.0)
+        started = session.Started(self._store.pending() is not None, self._under_way())
+        state, action = session.step(Session(session.AskForWork()), started, 0.0)
         while not isinstance(action, session.Stop) and self._delivered != updates:
             event = await self._carry_out(action)
             if updates is not None and isinstance(event, session.WorkFailed):
@@ -125,12 +184,19 @@ class Agent:
             state, action = session.step(state, event, self._random.random())
         return int(self._store.fact("version") or 0)
 
-    async def models(self) -> Models:
-        """Enrols if need be, fetches the bundle, and loads it."""
-        if self._models is None:
+    async def models(self, training: bool = False) -> Models:
+        """Enrols if the device has never met its server, fetches the bundle, and loads it.
+
+        Args:
+            training: fetches what training the whole adapter needs, too.
+        """
+        if training:
             manifest = await self._enroll()
+            await self._fetch_training(manifest, manifest.adapter)
+        if self._models is None:
+            manifest = self._manifest or self._known() or await self._enroll()
             check_runtime(manifest.bundle.variant(self._variant))  # before anything is downloaded for it
-            folder = await self._bundle(manifest)
+            folder = await self._fetch(manifest, manifest.bundle.needs(self._variant))
             self._models = await asyncio.to_thread(Models, folder, manifest, self._variant, self._threads)
         return self._models
 
@@ -199,21 +265,81 @@ class Agent:
             return
         models = await self.models()
         manifest = models.manifest
-        private = await asyncio.to_thread(self._store.private, manifest.task.labels)
+        private = await asyncio.to_thread(self._store.private, manifest.task)
         if isinstance(work, Evaluate):
             count, metrics = await asyncio.to_thread(verbs.evaluate, start, manifest.adapter, private, models.engine)
             self._say(f"version {work.version}: {_numbers(metrics)} on {count} held-out texts")
             evaluation = Evaluation(self._store.device_id, work.version, count, metrics)
             self._store.post(Parcel(wire.JSON_TYPE, wire.encode(evaluation)))
             return
-        learned = await asyncio.to_thread(self._learn, work, start, private, models)
+        self._store.set_fact(WORK, wire.encode(work).decode())
+        prepared, learned = await self._train(work, start, private, models)
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
-        update = Update(self._store.device_id, work.version, learned.num_examples, learned.metrics)
+        part = prepared.part
+        update = Update(
+            self._store.device_id, work.version, learned.num_examples, learned.metrics, layers=part.depth, rank=part.rank
+        )
         self._store.post(Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta)))
+        (self._store.home / CHECKPOINT).unlink(missing_ok=True)
 
-    def _learn(self, work: Train, start: Arrays, private: Private, models: Models) -> verbs.Learned:
-        spec = models.manifest.adapter
-        return verbs.train(work.version, start, spec, private, work.training, work.soft, work.seed, models.engine, models.trainer)
+    async def _train(self, work: Train, start: Arrays, private: Private, models: Models) -> tuple[verbs.Prepared, verbs.Learned]:
+        """One training in small steps, each if the device's conditions allow it; resumed where it stopped."""
+        manifest = models.manifest
+        chosen = choose(manifest, self._limits, self._variant, await asyncio.to_thread(conditions.gflops))
+        part = manifest.part(*chosen)
+        await self._fetch_training(manifest, part)
+        await self._clear()
+
+        def open_trainer() -> tuple[verbs.Prepared, Trainer]:
+            from edge_sdk.training.trainer import Trainer
+
+            args = work.version, start, manifest.adapter, private, work.training, work.soft, work.seed, models.engine, part
+            prepared = verbs.prepare(*args)
+            learner = models.learner(part, start, self._limits, self._store.home / HIDDEN, self._say)
+            return prepared, Trainer(learner, prepared.job, self._store.home / CHECKPOINT, say=self._say)
+
+        prepared, trainer = await asyncio.to_thread(open_trainer)
+        try:
+            while True:
+                state = await asyncio.to_thread(trainer.step, self._limits.step_seconds)
+                if not isinstance(state, Progress):
+                    return prepared, prepared.learned(state.arrays, state.loss)
+                where = f"{state.reading} texts to read" if state.reading else f"step {state.step} of {state.steps}"
+                self._say(f"version {work.version}: {where}")
+                await self._clear()
+        finally:
+            trainer.close()
+
+    async def _fetch_training(self, manifest: Manifest, part: AdapterSpec) -> None:
+        bundle, held = manifest.bundle, manifest.bundle.layers - min(slot.layer for slot in part.slots)
+        trunk = bundle.needs(bundle.trunk(self._variant).name)
+        await self._fetch(manifest, trunk | bundle.trains(held, bool(manifest.task.answer_tokens)))
+
+    async def _clear(self) -> None:
+        """Returns once nothing stands in the way of a small step."""
+        said = ""
+        while isinstance(verdict := decide(self._look(), self._policy), NotNow):
+            if verdict.reason != said:
+                self._say(f"not now: {verdict.reason}")
+                said = verdict.reason
+            await self._sleep(verdict.seconds)
+
+    def _under_way(self) -> Train | None:
+        """The training that a power cut interrupted; None where there is none, or it is of another version of this program."""
+        if (known := self._store.fact(WORK)) is None or self._known() is None:
+            return None
+        with contextlib.suppress(WireError):
+            return wire.decode(known.encode(), Train)
+        return None
+
+    def _known(self) -> Manifest | None:
+        """The manifest this device met last; None where there is none, or another version of this program wrote it."""
+        if (known := self._store.fact("manifest")) is None:
+            return None
+        with contextlib.suppress(WireError):
+            manifest = wire.decode(known.encode(), Manifest)
+            return manifest if manifest.protocol == PROTOCOL else None
+        return None
 
     async def _enroll(self) -> Manifest:
         """The run's manifest, asked for once in a process."""
@@ -226,20 +352,23 @@ class Agent:
             if self._store.fact("run") not in (None, manifest.run):
                 self._say("the server started another run; what belongs to the old one is dropped")
                 self._store.delivered()
-                (self._store.home / ADAPTER).unlink(missing_ok=True)
+                self._store.drop_fact(WORK)
+                for name in (ADAPTER, CHECKPOINT):
+                    (self._store.home / name).unlink(missing_ok=True)
                 self._store.set_fact("version", "0")
+                self._models = None
             self._store.set_fact("run", manifest.run)
             self._store.set_fact("manifest", wire.encode(manifest).decode())
             self._manifest = manifest
         return self._manifest
 
-    async def _bundle(self, manifest: Manifest) -> Path:
-        """The bundle folder with the files this device needs, verified; downloaded on first use, resumed where it stopped."""
+    async def _fetch(self, manifest: Manifest, needed: Mapping[str, File]) -> Path:
+        """The bundle folder with the files that are needed now, verified; downloaded on first use, resumed where it stopped."""
         folder = bundle_folder(self._cache, manifest)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:  # agents of one machine share the cache; the first one fetches
             await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
-            for name, file in manifest.bundle.needs(self._variant).items():
+            for name, file in needed.items():
                 if not await asyncio.to_thread(bundles.intact, folder / name, file):
                     self._say(f"fetching {name} ({file.size / 1e6:.0f} MB)")
                     await self._api.blob(file, folder / name)
@@ -247,7 +376,8 @@ class Agent:
 
     async def _adapter(self, sha256: str, version: int) -> dict[str, Array]:
         """A global adapter, from disk where it is the one kept last, else from the server, and then kept."""
-        shapes = (await self._enroll()).adapter.shapes()
+        manifest = self._manifest or self._known() or await self._enroll()
+        shapes = manifest.adapter.shapes()
         if (kept := _kept_body(self._store)) is not None and hashlib.sha256(kept).hexdigest() == sha256:
             self._store.set_fact("version", str(version))
             return wire.unpack_adapter(kept, shapes)

@@ -1,7 +1,8 @@
 """A bundle: one folder with everything a device needs to run a model, described by its `bundle.json`.
 
 `edge_export` writes bundles, devices download and verify them. A bundle holds one or more variants of the same model (int8
-for ONNX Runtime, q8_0 for llama.cpp, ...); a device fetches the tokenizer and the one variant it runs.
+for ONNX Runtime, q8_0 for llama.cpp, ...); a device fetches the tokenizer and the one variant it runs. For training it holds
+the original weights, layer by layer in float16; a device fetches the top layers that it trains, never the whole model.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Literal
 import msgspec
 
 from edge_sdk.adapters import Slot
-from edge_sdk.errors import AssetError, SettingsError
+from edge_sdk.errors import AssetError, DataError, SettingsError
 from edge_sdk.tasks import Kind, Task
 
-SCHEMA = 4
+SCHEMA = 5
 NAME = "bundle.json"
 TOKENIZER = "tokenizer.json"
+CONFIG = "config.json"  # transformers' description of the model, for training
+FINAL = "final.safetensors"  # what follows the last layer (a decoder's norm), for training
+VOCABULARY = "vocabulary.safetensors"  # a decoder's output embeddings, for training on answers
 Runtime = Literal["onnxruntime", "llama.cpp"]
 
 
@@ -61,8 +65,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         license: SPDX identifier of the base, or `unknown`.
         parameters: how many weights the base has; uploads are compared with it.
         width: length of a readout.
-        layers: how many transformer layers the base has.
-        split: the layers from this one on are what split training trains; what enters it is the graph's output `hidden`.
+        layers: how many transformer layers the base has. What enters layer i is the output `hidden.i` of its graphs.
         positions: longest sequence the base can read, in tokens.
         prefix: token ids that start every sequence; suffix: those that end it.
         slots: linear layers that can carry LoRA.
@@ -82,7 +85,6 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: int
     width: int
     layers: int
-    split: int
     positions: int
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -123,6 +125,41 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         wanted = (TOKENIZER, self.variant(name).file)
         return {file: self.files[file] for file in wanted}
 
+    def trunk(self, name: str = "") -> Variant:
+        """The variant that computes what enters the trained layers: the one of that name, or else the first that can.
+
+        Raises:
+            DataError: no variant runs in ONNX Runtime. SettingsError: there is no variant of that name.
+        """
+        for variant in (self.variant(name), *self.variants):
+            if variant.runtime == "onnxruntime":
+                return variant
+        raise DataError("no variant of this bundle runs in ONNX Runtime, which training needs; export it with int8 too")
+
+    def trains(self, top_layers: int, answers: bool = False) -> dict[str, File]:
+        """The files a device needs beside those of `needs` to train the layers nearest the output.
+
+        Args:
+            answers: the loss is over the whole vocabulary, not over label words.
+
+        Raises:
+            DataError: the bundle has not that many layers, or does not hold their weights.
+        """
+        if not 1 <= top_layers <= self.layers:
+            raise DataError(f"this model has {self.layers} layers; {top_layers} of them cannot be trained")
+        wanted = [CONFIG, FINAL, *(layer_file(i) for i in range(self.layers - top_layers, self.layers))]
+        wanted += [VOCABULARY] if answers else []
+        if missing := [name for name in wanted if name not in self.files]:
+            raise DataError(f"the bundle holds no {missing[0]}, so it cannot be trained; export it again")
+        return {name: self.files[name] for name in wanted}
+
+    @property
+    def layers_path(self) -> str:
+        """Module path of the list of layers, `model.layers` or `encoder.layer`; "" where there is no slot to tell it."""
+        parts = self.slots[0].module.split(".") if self.slots else []
+        numbers = [at for at, part in enumerate(parts) if part.isdigit()]
+        return ".".join(parts[: numbers[0]]) if numbers else ""
+
     def pick(self, modules: tuple[str, ...], top_layers: int = 0) -> tuple[Slot, ...]:
         """The slots whose module ends in one of `modules` ("q_proj", "self.query"), all slots where none is named.
 
@@ -139,13 +176,13 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         named = tuple(s for s in self.slots if not modules or any(s.module.endswith(f".{m}") for m in modules))
         if not top_layers:
             return named
-        lowest = max(_layer(slot) for slot in named) - top_layers
-        return tuple(slot for slot in named if _layer(slot) > lowest)
+        lowest = max(slot.layer for slot in named) - top_layers
+        return tuple(slot for slot in named if slot.layer > lowest)
 
 
-def _layer(slot: Slot) -> int:
-    """The first whole number in a module path: `model.layers.7.self_attn.q_proj` -> 7; -1 where there is none."""
-    return next((int(part) for part in slot.module.split(".") if part.isdigit()), -1)
+def layer_file(layer: int) -> str:
+    """Name of the file with the weights of one layer, named relative to the layer, float16."""
+    return f"layer.{layer:03d}.safetensors"
 
 
 class _Schema(msgspec.Struct):

@@ -8,15 +8,22 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from edge_sdk.assets import cache_folder
 from edge_sdk.device import EdgeDevice, Prediction, predictions
+from edge_sdk.eligibility import Policy
 from edge_sdk.engines import open_bundle
 from edge_sdk.errors import DataError, EdgeError, MissingRuntime, SettingsError
 from edge_sdk.store import NAME, Store
+from edge_sdk.training.depth import Limits
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,6 +66,26 @@ def _parser() -> argparse.ArgumentParser:
     verb("status", _status, "what the device keeps").add_argument("--json", action="store_true")
     run = verb("run", _run, "take part until the run is over")
     with_server(run)
+    limits, policy = Limits(), Policy()
+    costs = run.add_argument_group("what training may cost (docs/training.md)")
+    for name, default, text in (
+        ("layers", limits.layers, "how many layers nearest the output to train; 0 for what memory and speed allow"),
+        ("rank", limits.rank, "how many LoRA components to train; 0 for all"),
+        ("memory-mb", limits.memory_mb, "of the whole process; 0 for no limit"),
+        ("step-seconds", limits.step_seconds, "length of one small step, after which training is kept on disk"),
+        ("cache-mb", limits.cache_mb, "disk for what the frozen layers computed"),
+        ("micro-batch", limits.micro_batch, "texts in memory at a time"),
+    ):
+        costs.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)")
+    when = run.add_argument_group("when training may run")
+    for name, default, text in (
+        ("min-battery", policy.min_battery, "charge, 0 to 1, below which it waits unless charging"),
+        ("max-celsius", policy.max_celsius, "temperature above which it waits"),
+        ("max-load", policy.max_load, "load of a core above which it waits; 0 for any"),
+        ("min-free-mb", policy.min_free_mb, "memory that must be free"),
+        ("wait-seconds", policy.wait_seconds, "how long it waits before it looks again"),
+    ):
+        when.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default: %(default)s)")
     alone = verb("baseline", _baseline, "what this device's labels give without federation; keeps and sends nothing")
     with_server(alone)
     alone.add_argument(
@@ -129,6 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     from edge_sdk.agent import Agent
     from edge_sdk.transport import HttpTransport
 
+    limits, policy = _settings(Limits, args), _settings(Policy, args)
     signals: list[int] = []
 
     def stop(number: int, task: asyncio.Task[int]) -> None:
@@ -137,7 +165,9 @@ def _run(args: argparse.Namespace) -> int:
 
     async def run() -> int | None:
         async with HttpTransport(args.server) as transport:
-            agent = Agent(Store(args.home), transport, args.cache, args.name, args.threads, args.variant, _say)
+            agent = Agent(
+                Store(args.home), transport, args.cache, args.name, args.threads, args.variant, limits, policy, say=_say
+            )
             task = asyncio.ensure_future(agent.run())
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop, number, task)
@@ -158,10 +188,15 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(kind: type[T], args: argparse.Namespace) -> T:
+    """A settings struct from the arguments of the same names. Raises: SettingsError: a value is out of bounds."""
+    return msgspec.convert({name: getattr(args, name) for name in kind.__struct_fields__}, kind)
+
+
 def _baseline(args: argparse.Namespace) -> int:
     from edge_sdk import verbs
     from edge_sdk.adapters import add
-    from edge_sdk.agent import Agent
+    from edge_sdk.agent import HIDDEN, Agent
     from edge_sdk.training.batches import Training
     from edge_sdk.transport import HttpTransport
 
@@ -169,13 +204,15 @@ def _baseline(args: argparse.Namespace) -> int:
 
     async def run() -> dict[str, float]:
         async with HttpTransport(args.server) as transport:
-            agent = Agent(store, transport, args.cache, args.name, args.threads, args.variant, _complain)
-            models = await agent.models()
+            agent = Agent(store, transport, args.cache, args.name, args.threads, args.variant, say=_complain)
+            models = await agent.models(training=True)
         manifest = models.manifest
-        private = store.private(manifest.task.labels)
+        private = store.private(manifest.task)
         training = Training(args.steps, args.batch_size, args.learning_rate, dropout=args.dropout)
         start = manifest.adapter.start(args.seed)
-        learned = verbs.train(0, start, manifest.adapter, private, training, None, args.seed, models.engine, models.trainer)
+        with tempfile.TemporaryDirectory(prefix="edge-baseline-") as folder:
+            learner = models.learner(manifest.adapter, start, Limits(), Path(folder) / HIDDEN, _complain)
+            learned = verbs.train(0, start, manifest.adapter, private, training, None, args.seed, models.engine, learner)
         count, metrics = verbs.evaluate(add(start, learned.delta), manifest.adapter, private, models.engine)
         return {"test_examples": count, **metrics}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,14 +22,18 @@ import msgspec
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import Adapter
 from edge_sdk.assets import cache_folder
-from edge_sdk.engines import Engine
+from edge_sdk.eligibility import Policy
+from edge_sdk.engines import Engine, Sampling
 from edge_sdk.errors import AssetError, DataError, Unreachable
 from edge_sdk.protocol import Manifest
 from edge_sdk.store import Store
+from edge_sdk.training.depth import Limits
 
 if TYPE_CHECKING:  # they bring aiohttp, which only a call needs
     from edge_sdk.agent import Agent, Models
     from edge_sdk.transport import HttpTransport
+
+DEFAULT_LIMITS, DEFAULT_POLICY = Limits(), Policy()
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class EdgeDevice:
         name: shown to the server's operator.
         threads: for inference and training.
         variant: which of the bundle's variants to run (`int8`, `q8_0`, ...); "" for the recommended one.
+        limits: what training may cost: layers, memory, seconds of a step. policy: when it may run: battery, heat, load.
         cache: folder for model files; the user's cache by default.
         say: told one line per thing done; prints to stderr by default.
     """
@@ -70,6 +75,8 @@ class EdgeDevice:
         name: str = "device",
         threads: int = 1,
         variant: str = "",
+        limits: Limits = DEFAULT_LIMITS,
+        policy: Policy = DEFAULT_POLICY,
         cache: Path | None = None,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
@@ -78,6 +85,7 @@ class EdgeDevice:
         self._name = name
         self._threads = threads
         self._variant = variant
+        self._limits, self._policy = limits, policy
         self._cache = cache or cache_folder()
         self._say = say
         self._engine: tuple[Manifest, Engine] | None = None
@@ -118,10 +126,27 @@ class EdgeDevice:
             DataError: the device has never met its server, so it has no model. AssetError: its files are damaged, and there
             is no server to fetch them from.
         """
-        from edge_sdk.agent import adapter_stamp, kept_adapter
-
         if isinstance(texts, str):
             raise DataError("predict takes a list of texts: predict([text])")
+        return predictions(self._ready()[1], texts)
+
+    def answer(self, text: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
+        """What the newest adapter answers to a text, for a task whose answers are texts; no torch needed.
+
+        Raises:
+            DataError, AssetError: as `predict`; or the task has labels, which `predict` gives.
+        """
+        manifest, engine = self._ready()
+        if not manifest.task.answer_tokens:
+            raise DataError("the answers of this task are its labels: use predict")
+        most = min(sampling.max_tokens, manifest.task.answer_tokens)
+        prompt = manifest.task.pattern.replace("{text}", text.strip())
+        return engine.generate(prompt, replace(sampling, max_tokens=most)).strip()
+
+    def _ready(self) -> tuple[Manifest, Engine]:
+        """The engine with the newest adapter on."""
+        from edge_sdk.agent import adapter_stamp, kept_adapter
+
         if self._engine is None:
             self._engine = self._load()
         manifest, engine = self._engine
@@ -129,7 +154,7 @@ class EdgeDevice:
             kept = kept_adapter(self._store, manifest)
             engine.set_adapter(None if kept is None else Adapter(kept, manifest.adapter))
             self._worn = stamp
-        return predictions(engine, texts)
+        return manifest, engine
 
     def _load(self) -> tuple[Manifest, Engine]:
         """The engine from files that are whole: from disk alone where it can be, else with the server's help."""
@@ -165,4 +190,14 @@ class EdgeDevice:
     def _agent(self, transport: HttpTransport) -> Agent:
         from edge_sdk.agent import Agent
 
-        return Agent(self._store, transport, self._cache, self._name, self._threads, self._variant, self._say)
+        return Agent(
+            self._store,
+            transport,
+            self._cache,
+            self._name,
+            self._threads,
+            self._variant,
+            limits=self._limits,
+            policy=self._policy,
+            say=self._say,
+        )

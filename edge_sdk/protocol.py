@@ -1,4 +1,4 @@
-"""Every message between a device and the server, as frozen typed values; version 1.
+"""Every message between a device and the server, as frozen typed values; version 2.
 
 A device enrols and gets the `Manifest`, then asks for work again and again: `Train`, `Evaluate`, `Wait` or `Finished`.
 What it learned goes back as an `Update` (beside tensors) or an `Evaluation`, and is answered by a `Receipt`. Bytes are
@@ -11,11 +11,12 @@ import msgspec
 
 from edge_sdk.adapters import AdapterSpec
 from edge_sdk.bundle import Bundle
+from edge_sdk.errors import DataError
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Task
 from edge_sdk.training.batches import Training
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Metrics = dict[str, float]
 
@@ -33,7 +34,13 @@ class Enroll(Message, frozen=True):
 
 
 class Manifest(Message, frozen=True):
-    """Server -> device: everything that stays the same for the whole run, whose id is `run`."""
+    """Server -> device: everything that stays the same for the whole run, whose id is `run`.
+
+    Args:
+        adapter: what is averaged, as a whole.
+        min_layers, min_rank: a device may train so much less of it, the layers nearest the output and the first components;
+            0 for no choice.
+    """
 
     protocol: int
     system: str
@@ -41,6 +48,22 @@ class Manifest(Message, frozen=True):
     adapter: AdapterSpec
     bundle: Bundle
     run: str = ""
+    min_layers: int = 0
+    min_rank: int = 0
+
+    def part(self, layers: int, rank: int) -> AdapterSpec:
+        """What a device trains that chose so many layers and so large a rank; 0 for all there are.
+
+        Raises:
+            DataError: the run does not allow this choice.
+        """
+        spec = self.adapter
+        fewest, lowest = self.min_layers or spec.depth, self.min_rank or spec.rank
+        if not fewest <= (layers or spec.depth) <= spec.depth or not lowest <= (rank or spec.rank) <= spec.rank:
+            raise DataError(
+                f"this run trains {fewest} to {spec.depth} layers at rank {lowest} to {spec.rank}, not {layers} at rank {rank}"
+            )
+        return spec.part(layers or spec.depth, rank or spec.rank)
 
 
 class Ask(Message, frozen=True):
@@ -87,12 +110,17 @@ Work = Train | Evaluate | Wait | Finished
 
 
 class Update(Message, frozen=True, tag="update", tag_field="result"):
-    """Device -> server, beside the tensors of adapter(trained) - adapter(version)."""
+    """Device -> server, beside the tensors of adapter(trained) - adapter(version) for the part that was trained.
+
+    `layers` and `rank` name that part as `Manifest.part` does; 0 for all.
+    """
 
     device: str
     version: int
     num_examples: int
     metrics: Metrics
+    layers: int = 0
+    rank: int = 0
 
 
 class Evaluation(Message, frozen=True, tag="evaluation", tag_field="result"):

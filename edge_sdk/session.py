@@ -2,7 +2,7 @@
 
 Rules kept here and nowhere else:
 
-1. What waits in the outbox is delivered before new work is asked for.
+1. What waits in the outbox is delivered before new work is asked for, and training that was under way is finished first.
 2. A network failure changes nothing but the time: the action is repeated (work is asked for again) after a pause that
    doubles, up to ten minutes, times a random share of it (full jitter), and never sooner than the server's `Retry-After`.
    Whatever the server says, a pause is at least 0.02 seconds where it asks for one, and at most an hour.
@@ -29,9 +29,10 @@ SHORTEST_WAIT, LONGEST_WAIT = 0.02, 3600.0  # what a server may ask for
 # Events: what happened ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Started:
-    """The process came up; `pending` says whether the outbox holds a result."""
+    """The process came up; `pending` says whether the outbox holds a result, `work` what was being trained when it ended."""
 
     pending: bool
+    work: Train | None = None
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,12 @@ def step(session: Session, event: Event, jitter: float) -> tuple[Session, Action
         ValueError: `event` cannot follow the action under way: a bug of the shell.
     """
     match session.doing, event:
-        case _, Started(pending):
-            return _to(Send() if pending else AskForWork())
+        case _, Started(pending=True):
+            return _to(Send())
+        case _, Started(work=Train() as work):
+            return _to(Do(work))
+        case _, Started():
+            return _to(AskForWork())
         case AskForWork(), Assigned(Wait(seconds)):
             return _sleep(min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT), AskForWork())
         case AskForWork(), Assigned(Train() | Evaluate() | Finished() as work):

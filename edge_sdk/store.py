@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import DataError
-from edge_sdk.tasks import Example, Private
+from edge_sdk.tasks import Example, Private, Task
 
 NAME = "device.sqlite"
+WORK = "work"  # the fact that holds training under way, to go on with after a power cut
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS examples (
@@ -69,6 +70,10 @@ class Store:
         with self._lock:
             self._db.execute("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (name, value))
 
+    def drop_fact(self, name: str) -> None:
+        with self._lock:
+            self._db.execute("DELETE FROM facts WHERE name = ?", (name,))
+
     def add(self, text: str, label: str | None = None, truth: str | None = None, held_out: bool = False) -> None:
         """Keeps one text; see `add_all`."""
         self.add_all([(text, label, truth, held_out)])
@@ -117,14 +122,22 @@ class Store:
             ).fetchone()
         return dict(zip(("labelled", "unlabelled", "held_out"), row, strict=True))
 
-    def private(self, labels: tuple[str, ...]) -> Private:
-        """All examples, with labels as class indices.
+    def private(self, task: Task) -> Private:
+        """All examples; what was kept as a label is a class index, or the answer where the task's answers are texts.
 
         Raises:
-            DataError: a stored label is not one of `labels`.
+            DataError: a stored label is not one of the task's.
         """
         with self._lock:
             rows = self._db.execute("SELECT text, label, truth, held_out FROM examples ORDER BY id").fetchall()
+        if task.answer_tokens:
+            return Private(
+                labelled=tuple(Example(t, answer=label) for t, label, _, held_out in rows if label is not None and not held_out),
+                unlabelled=tuple(t for t, label, _, held_out in rows if label is None and not held_out),
+                truths=tuple(None for _, label, _, held_out in rows if label is None and not held_out),
+                held_out=tuple(Example(t, answer=label) for t, label, _, held_out in rows if held_out),
+            )
+        labels = task.labels
         index = {label: i for i, label in enumerate(labels)}
         unknown = {name for row in rows for name in row[1:3] if name is not None and name not in index}
         if unknown:  # the label is told, the private text never
@@ -139,9 +152,17 @@ class Store:
         )
 
     def post(self, parcel: Parcel) -> None:
-        """Puts a result into the outbox, which holds at most one."""
+        """Puts a result into the outbox, which holds at most one; the work it is the result of is forgotten."""
         with self._lock:
-            self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (parcel.content_type, parcel.body))
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (parcel.content_type, parcel.body))
+                self._db.execute("DELETE FROM facts WHERE name = ?", (WORK,))
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
     def pending(self) -> Parcel | None:
         with self._lock:

@@ -16,7 +16,7 @@ from pathlib import Path
 from edge_sdk.errors import Unreachable, WireError
 from edge_sdk.protocol import Ask, Enroll, Evaluation, Manifest, Problem, Receipt, Result, Train, Wait, Work
 from edge_sdk.transport import Response
-from edge_sdk.wire import MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, decode, encode, unpack
+from edge_sdk.wire import MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, decode, encode, unpack, update_shapes
 
 
 class ServerSimulator:
@@ -81,7 +81,7 @@ class ServerSimulator:
                 if self.refusals:
                     raise self.refusals.pop(0)
                 tensors = headers.get("Content-Type") == TENSORS_TYPE
-                result: Result = unpack(body, self.manifest.adapter.shapes())[0] if tensors else decode(body, Evaluation)
+                result: Result = unpack(body, update_shapes(self.manifest))[0] if tensors else decode(body, Evaluation)
                 self.results.append(result)
                 self.bodies.append(body)
                 return encode(Receipt(hashlib.sha256(body).hexdigest(), result.version))

@@ -34,14 +34,15 @@ class PromptEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         before, after = task.pattern.split("{text}")
+        self._ends_in_space = task.pattern[-1:].isspace()
         self._before = [*prefix, *self._plain(before)]
         self._after = [*self._plain(after), *suffix]
         self._prefix, self._suffix = list(prefix), list(suffix)
-        self._positions, self._verbalizer = positions, task.verbalizer
+        self._positions, self._verbalizer, self._answer_tokens = positions, task.verbalizer, task.answer_tokens
         self.labels = task.labels
         self._unknown = _unknown(self._tokenizer)
         self.vocabulary = int(self._tokenizer.get_vocab_size())
-        self._max_tokens = min(task.max_tokens, positions - len(self._before) - len(self._after))
+        self._max_tokens = min(task.max_tokens, positions - len(self._before) - len(self._after) - task.answer_tokens)
         if self._max_tokens < 1:
             raise DataError(f"the pattern leaves no room for text: this model reads {positions} tokens; make it shorter")
 
@@ -81,6 +82,19 @@ class PromptEncoder:
         """
         room = self._positions - len(self._prefix) - len(self._suffix)
         return _read([[*self._prefix, *ids[:room], *self._suffix] for ids in self._encode(_strings(texts))])
+
+    def answers(self, texts: Sequence[str], end: int | None) -> list[Ids]:
+        """Token ids of each answer, with a leading space where the pattern ends without one, and the end token.
+
+        Raises:
+            DataError: this task's answers are labels, or an answer is empty.
+        """
+        if not self._answer_tokens:
+            raise DataError("the answers of this task are its labels")
+        space = "" if self._ends_in_space else " "
+        encoded = _read(self._encode([space + text.strip() if text.strip() else "" for text in _strings(texts)]))
+        last = [] if end is None else [end]
+        return [[*ids[: self._answer_tokens - len(last)], *last] for ids in encoded]
 
     def words(self) -> list[Ids]:
         """Token ids of each class's label word, for a decoder.

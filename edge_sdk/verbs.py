@@ -1,7 +1,8 @@
 """What a device does when it is asked: `train` and `evaluate`, as functions of the work, the adapter and private data.
 
-LP-FL's device side (Jiang, Liu & Fan 2023, reconstruction in docs/systems/lpfl.md) is `train`: label with the fresh global
-adapter, choose, learn from few labels and many soft ones. bench/lpfl.py runs these same functions without a network.
+LP-FL's device side (Jiang, Liu & Fan 2023, reconstruction in docs/systems/lpfl.md) is `prepare`: label with the fresh global
+adapter, choose, and learn from few labels and many soft ones. The agent takes the steps in between, small and interrupted;
+bench/lpfl.py runs these same functions without a network.
 """
 
 from __future__ import annotations
@@ -14,30 +15,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk import softlabels
-from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays, subtract
+from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays, take
 from edge_sdk.engines import Scorer
 from edge_sdk.errors import DataError
 from edge_sdk.protocol import Metrics
 from edge_sdk.softlabels import SoftLabels, SoftSet
 from edge_sdk.tasks import Example, Private, accuracy
-from edge_sdk.training.batches import Training
+from edge_sdk.training.batches import Answer, Guess, Job, Label, Row, Source, Training
 
 
-class Trainer(Protocol):
-    """Turns start arrays and examples into trained arrays; `edge_sdk.training.learner.Learner` with its tokenizer."""
+class Fits(Protocol):
+    """Runs a job to its end; `edge_sdk.training.learner.Learner`."""
 
-    def fit(
-        self,
-        start: Arrays,
-        labelled: Sequence[Example],
-        unlabelled: Sequence[str],
-        soft_set: SoftSet | None,
-        training: Training,
-        soft: SoftLabels | None,
-        rng: np.random.Generator,
-    ) -> tuple[dict[str, Array], float]:
+    def fit(self, job: Job) -> tuple[dict[str, Array], float]:
         """Returns the trained arrays and the mean loss."""
         ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training to be run: the job, the part of the adapter it trains, how many examples it rests on, numbers worth telling."""
+
+    job: Job
+    part: AdapterSpec
+    num_examples: int
+    metrics: Metrics
+
+    def learned(self, trained: Arrays, loss: float) -> Learned:
+        """What came of it."""
+        frozen = {slot.a for slot in self.part.slots} if self.part.freeze_a else set()
+        delta = {name: trained[name] - array for name, array in self.job.start.items() if name not in frozen}
+        return Learned(delta, self.num_examples, {"loss": loss, **self.metrics})
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,40 @@ class Learned:
     metrics: Metrics
 
 
+def prepare(
+    version: int,
+    start: Arrays,
+    spec: AdapterSpec,
+    private: Private,
+    training: Training,
+    soft: SoftLabels | None,
+    seed: int,
+    engine: Scorer,
+    part: AdapterSpec | None = None,
+) -> Prepared:
+    """What to learn from private data, starting at the global adapter of `version`.
+
+    Args:
+        part: what of `spec` is trained; all of it by default.
+
+    Raises:
+        DataError: no text with a label or an answer.
+    """
+    if not private.labelled:
+        raise DataError("this device has no labelled text; add some with `edge-agent add`")
+    sources = [Source(_private(private.labelled, engine), training.batch_size)]
+    metrics: Metrics = {}
+    if soft is not None and (count := softlabels.size(soft, version, len(private.unlabelled))):
+        engine.set_adapter(Adapter(start, spec))
+        chosen = softlabels.choose(engine.logits(private.unlabelled), count)
+        metrics = _about(chosen, private.truths)
+        texts = engine.encoder.prompts([private.unlabelled[i] for i in chosen.indices])
+        guesses = [Row(ids, Guess(scores, soft.temperature)) for ids, scores in zip(texts, chosen.scores, strict=True)]
+        sources.append(Source(guesses, soft.batch_size, soft.weight))
+    job = Job(dict(start) if part is None else take(start, part), sources, training, seed)
+    return Prepared(job, part or spec, sum(len(source.rows) for source in sources), metrics)
+
+
 def train(
     version: int,
     start: Arrays,
@@ -58,35 +100,39 @@ def train(
     soft: SoftLabels | None,
     seed: int,
     engine: Scorer,
-    trainer: Trainer,
+    trainer: Fits,
+    part: AdapterSpec | None = None,
 ) -> Learned:
-    """Learns from private data, starting at the global adapter of `version`.
+    """Prepares a training and runs it undisturbed.
 
     Raises:
         DataError: no labelled text, or training went wrong; nothing is sent then.
     """
-    if not private.labelled:
-        raise DataError("this device has no labelled text; add some with `edge-agent add`")
-    chosen: SoftSet | None = None
-    metrics: Metrics = {}
-    if soft is not None and (count := softlabels.size(soft, version, len(private.unlabelled))):
-        engine.set_adapter(Adapter(start, spec))
-        chosen = softlabels.choose(engine.logits(private.unlabelled), count)
-        metrics = _about(chosen, private.truths)
-    rng = np.random.default_rng(seed)
-    trained, loss = trainer.fit(start, private.labelled, private.unlabelled, chosen, training, soft, rng)
-    used = len(private.labelled) + (len(chosen) if chosen is not None else 0)
-    return Learned(subtract(trained, start), used, {"loss": loss, **metrics})
+    prepared = prepare(version, start, spec, private, training, soft, seed, engine, part)
+    return prepared.learned(*trainer.fit(prepared.job))
 
 
 def evaluate(adapter: Arrays, spec: AdapterSpec, private: Private, engine: Scorer) -> tuple[int, Metrics]:
-    """How many held-out examples there are, and the accuracy on them (absent where there are none)."""
+    """How many held-out examples there are, and the accuracy on them, or the loss of answers in nats a token; {} for none."""
     if not private.held_out:
         return 0, {}
     engine.set_adapter(Adapter(adapter, spec))
-    scores: NDArray[np.float32] = engine.logits([e.text for e in private.held_out])
+    texts = [e.text for e in private.held_out]
+    if answers := [e.answer for e in private.held_out if e.answer is not None]:
+        logprobs = engine.answer_logprobs(texts, answers)
+        return len(answers), {"loss": -float(np.concatenate(logprobs).mean())}
+    scores: NDArray[np.float32] = engine.logits(texts)
     labels = [e.label for e in private.held_out if e.label is not None]
     return len(labels), {"accuracy": accuracy(scores, labels)}
+
+
+def _private(examples: Sequence[Example], engine: Scorer) -> list[Row]:
+    """Rows of labels, or of answers where these are texts."""
+    prompts = engine.encoder.prompts([e.text for e in examples])
+    if answers := [e.answer for e in examples if e.answer is not None]:
+        said = engine.answers(answers)
+        return [Row([*prompt, *answer], Answer(len(prompt))) for prompt, answer in zip(prompts, said, strict=True)]
+    return [Row(ids, Label(e.label)) for ids, e in zip(prompts, examples, strict=True) if e.label is not None]
 
 
 def _about(chosen: SoftSet, truths: Sequence[int | None]) -> Metrics:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
 import msgspec
@@ -18,8 +18,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from edge_sdk.adapters import Array, Arrays, Shapes, mismatch, not_finite, row_major
-from edge_sdk.errors import WireError
-from edge_sdk.protocol import Evaluation, Result, Update
+from edge_sdk.errors import DataError, WireError
+from edge_sdk.protocol import Evaluation, Manifest, Result, Update
 
 JSON_TYPE = "application/json"
 TENSORS_TYPE = "application/vnd.safetensors"
@@ -66,19 +66,34 @@ def pack(update: Update, delta: Arrays) -> bytes:
     return bytes(save(row_major(delta), metadata={"message": encode(update).decode()}))
 
 
-def unpack(body: bytes, shapes: Shapes) -> tuple[Update, dict[str, Array]]:
+def unpack(body: bytes, shapes: Callable[[Update], Shapes]) -> tuple[Update, dict[str, Array]]:
     """The message and the tensors of an update, after every check that needs no knowledge of the run's state.
 
+    Args:
+        shapes: names and shapes that the tensors of such an update must have; see `update_shapes`.
+
     Raises:
-        WireError: `bad-tensors` (not safetensors, or too many tensors), `wrong-shape` (names, shapes or types differ from
-            the adapter's slots), `not-finite` (NaN or infinity), `bad-message`.
+        WireError: `bad-message`, `wrong-part`, `bad-tensors` (not safetensors, or too many tensors), `wrong-shape` (names, shapes
+            or types differ from the adapter's slots), `not-finite` (NaN or infinity).
     """
-    metadata, arrays = _read(body, shapes)
+    header, metadata, data = _open(body)
     if "message" not in metadata:
         raise WireError("bad-message", "the tensors carry no `message` in their metadata")
     update = decode(metadata["message"].encode(), Update)
     check_result(update)
-    return update, arrays
+    return update, _finite(_arrays(header, data, shapes(update)))
+
+
+def update_shapes(manifest: Manifest) -> Callable[[Update], Shapes]:
+    """What the tensors of an update of this run must look like; raises WireError `wrong-part` where the run forbids the part."""
+
+    def shapes(update: Update) -> Shapes:
+        try:
+            return manifest.part(update.layers, update.rank).update_shapes()
+        except DataError as error:
+            raise WireError("wrong-part", str(error), 422) from error
+
+    return shapes
 
 
 def pack_adapter(arrays: Arrays) -> bytes:
@@ -88,7 +103,8 @@ def pack_adapter(arrays: Arrays) -> bytes:
 
 def unpack_adapter(body: bytes, shapes: Shapes) -> dict[str, Array]:
     """Raises: WireError: as `unpack`, for the tensors."""
-    return _read(body, shapes)[1]
+    header, _, data = _open(body)
+    return _finite(_arrays(header, data, shapes))
 
 
 def size_limit(shapes: Shapes) -> int:
@@ -105,6 +121,8 @@ def check_result(result: Result) -> None:
     """Raises: WireError: counts or names out of bounds, or a metric that is not finite."""
     if not MIN_EXAMPLES[type(result)] <= result.num_examples <= MAX_EXAMPLES:
         raise WireError("bad-message", f"num_examples must be between {MIN_EXAMPLES[type(result)]} and {MAX_EXAMPLES}")
+    if isinstance(result, Update) and not (0 <= result.layers <= MAX_TENSORS and 0 <= result.rank <= MAX_TENSORS):
+        raise WireError("bad-message", f"layers and rank must be between 0 and {MAX_TENSORS}")
     if result.version < 0:
         raise WireError("bad-message", "version must not be negative")
     metrics = result.metrics
@@ -114,17 +132,20 @@ def check_result(result: Result) -> None:
         raise WireError("not-finite", "a metric is NaN or infinite", 422)
 
 
-def _read(body: bytes, shapes: Shapes) -> tuple[dict[str, str], dict[str, Array]]:
-    """The metadata and the finite tensors of safetensors bytes."""
+def _open(body: bytes) -> tuple[dict[str, msgspec.Raw], dict[str, str], memoryview]:
+    """The entries of safetensors bytes, not parsed yet, the metadata, and the data."""
     header, offset = _header(body)
     try:
         metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
     except NOT_JSON as error:
         raise WireError("bad-tensors", "the metadata is not an object of strings") from error
-    arrays = _arrays(header, memoryview(body)[offset:], shapes)
+    return header, metadata, memoryview(body)[offset:]
+
+
+def _finite(arrays: dict[str, Array]) -> dict[str, Array]:
     if name := not_finite(arrays):
         raise WireError("not-finite", f"{name} holds NaN or infinity; the update is dropped", 422)
-    return metadata, arrays
+    return arrays
 
 
 def _header(body: bytes) -> tuple[dict[str, msgspec.Raw], int]:

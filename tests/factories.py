@@ -48,7 +48,6 @@ def bundle(kind: Kind = "encoder", slots: tuple[Slot, ...] = SLOTS) -> Bundle:
         parameters=1000,
         width=16,
         layers=2,
-        split=1,
         positions=64,
         prefix=(1,),
         suffix=(2,),

@@ -20,7 +20,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from edge_sdk import bundle as bundles
 from edge_sdk import wire
 from edge_sdk.adapters import AdapterSpec, Array, Arrays
-from edge_sdk.protocol import Enroll, Receipt, Status, Update
+from edge_sdk.protocol import PROTOCOL, Enroll, Receipt, Status, Update
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, fedbuff
 from edge_server.app import create_app
@@ -57,7 +57,7 @@ class Running:
 
     async def enroll(self, *devices: str) -> None:
         for device in devices:
-            answer = await self.client.post("/v1/enroll", data=wire.encode(Enroll(1, device, f"name of {device}")))
+            answer = await self.client.post("/v1/enroll", data=wire.encode(Enroll(PROTOCOL, device, f"name of {device}")))
             assert answer.status == 200
 
     async def send(self, body: bytes) -> Receipt:

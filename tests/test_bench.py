@@ -29,7 +29,7 @@ def lab(encoder_bundle: Path) -> fleet.Lab:
     bundle = bundles.read(encoder_bundle)
     manifest = run_settings.manifest(settings, bundle)
     engine = open_engine(encoder_bundle, bundle, settings.task)
-    learner = Learner.load(bundle, engine.head, engine.encoder, manifest.adapter, threads=1)
+    learner = Learner.whole(bundle, engine.head, engine.encoder, manifest.adapter, threads=1)
     return fleet.Lab(settings, manifest.adapter, bundle.parameters, engine, learner, encoder_bundle)
 
 

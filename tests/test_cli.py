@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.cli import main
 from edge_sdk.store import Parcel, Store
-from edge_sdk.tasks import Example, Private
+from edge_sdk.tasks import Example, Private, Task
 from tests import strategies
 
 Capture = pytest.CaptureFixture[str]
@@ -48,7 +48,7 @@ def kept(home: Path) -> Iterator[Callable[[], Private]]:
 
     def read() -> Private:
         stores.append(Store(home))
-        return stores[-1].private(("no", "yes"))
+        return stores[-1].private(Task(("no", "yes"), "{text}", ((" no",), (" yes",))))
 
     yield read
     for store in stores:

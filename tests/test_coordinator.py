@@ -61,7 +61,7 @@ AT_3 = replay(*AT_3_EVENTS)
 
 def test_a_fresh_run_has_nothing() -> None:
     """Before the first event there is no version, no device and no update."""
-    assert State() == State(-1, "", (), {}, {}, ())
+    assert State() == State(-1, (), (), {}, {}, ())
 
 
 def test_an_accepted_update_waits_for_the_next_version() -> None:
@@ -69,7 +69,7 @@ def test_an_accepted_update_waits_for_the_next_version() -> None:
     state = apply(AT_0, accepted("u1", "d1", 0, num_examples=7, size=123))
 
     assert (state.version, state.adapter) == (0, "a0")
-    assert state.buffer == (Buffered("blob-u1", 7, 0),)
+    assert state.buffer == (Buffered("blob-u1", 7, 0, 0),)
     assert state.devices == {"d1": Device("one", trained=0, updates=1, uploaded_bytes=123), "d2": Device("two")}
     assert state.receipts == {"u1": Receipt("u1", 0)}
     assert state.measurements == (Measurement("update", "d1", 0, 7, {"loss": 0.5}),)
@@ -114,7 +114,7 @@ def test_a_new_version_takes_the_oldest_updates() -> None:
     state = apply(full, Published(1, "a1", 3))
 
     assert [b.blob for b in coordinator.due(full, 3)] == ["blob-u0", "blob-u1", "blob-u2"]
-    assert (state.version, state.adapter, state.buffer) == (1, "a1", (Buffered("blob-u3", 10, 0),))
+    assert (state.version, state.adapter, state.buffer) == (1, "a1", (Buffered("blob-u3", 10, 0, 0),))
 
 
 def test_nothing_is_due_before_the_buffer_is_full() -> None:
@@ -130,7 +130,7 @@ def test_staleness_is_computed_on_arrival() -> None:
     arrived = apply(AT_3, accepted("u1", "d1", 1))
     later = apply(arrived, Published(4, "a4", 0))
 
-    assert arrived.buffer == later.buffer == (Buffered("blob-u1", 10, 2),)
+    assert arrived.buffer == later.buffer == (Buffered("blob-u1", 10, 2, 1),)
 
 
 def test_a_repeated_update_gets_its_first_receipt() -> None:

@@ -176,7 +176,7 @@ def test_a_fleet_of_processes_learns_what_the_same_loop_learns_in_one_process(ho
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
     engine = open_engine(house.bundle, bundle, TASK)
-    learner = Learner.load(bundle, engine.head, engine.encoder, spec, threads=1)
+    learner = Learner.whole(bundle, engine.head, engine.encoder, spec, threads=1)
     expected = fleet.federate(list(owned.values()), spec.start(LPFL.seed), spec, LPFL, engine, learner)
     got = final_adapter(house)
     for name, array in expected.items():
@@ -215,7 +215,7 @@ def test_power_cuts_on_both_sides_change_nothing(house: House) -> None:
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
     engine = open_engine(house.bundle, bundle, TASK)
-    learner = Learner.load(bundle, engine.head, engine.encoder, spec, threads=1)
+    learner = Learner.whole(bundle, engine.head, engine.encoder, spec, threads=1)
     expected = fleet.federate(owned, spec.start(LPFL.seed), spec, LPFL, engine, learner)
     for name, array in final_adapter(house).items():
         np.testing.assert_allclose(array, expected[name], atol=1e-5)

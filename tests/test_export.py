@@ -31,7 +31,7 @@ def open_both(folder: Path) -> tuple[Engine, Learner, AdapterSpec]:
     bundle = bundles.read(folder)
     engine = open_engine(folder, bundle)
     spec = AdapterSpec(bundle.slots, rank=3, alpha=6.0)
-    learner = Learner.load(bundle, engine.head, engine.encoder, spec, threads=1)
+    learner = Learner.whole(bundle, engine.head, engine.encoder, spec, threads=1)
     torch.set_float32_matmul_precision("highest")  # `load` allows bfloat16; here digits are compared
     return engine, learner, spec
 

@@ -87,12 +87,12 @@ def test_people_see_a_table(model: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_description_says_what_a_client_needs(made: Path) -> None:
-    """Label word ids, the split layer, variants with their agreement, and the hash of every file."""
+    """Label word ids, layers, variants with their agreement, and the hash of every file."""
     bundle = bundles.read(made)
     engine = open_engine(made, bundle)
 
     assert [list(ids) for ids in bundle.label_ids] == engine.encoder.words()
-    assert (bundle.layers, bundle.split) == (3, 2)
+    assert (bundle.layers, bundle.layers_path) == (3, "model.layers")
     assert [(v.name, v.minimum) for v in bundle.variants] == [("int8", "1.23"), ("fp32", "1.23")]
     assert bundle.variants[0].r < bundle.variants[1].r == pytest.approx(1.0)
     assert set(bundle.files) == {p.name for p in made.iterdir()} - {"bundle.json"}

@@ -68,7 +68,7 @@ def near(found: Any, expected: Any, share: float = 0.02) -> None:
 def test_scores_are_those_of_torch_and_peft(folder: Path, bundle: Bundle) -> None:
     """Base and adapter on every layer: a wrong name, order of rows or scale of alpha would show in the scores."""
     engine, adapter = opened(folder, bundle), adapter_of(bundle)
-    learner = Learner.load(bundle, engine.head, engine.encoder, adapter.spec, threads=1)
+    learner = Learner.whole(bundle, engine.head, engine.encoder, adapter.spec, threads=1)
     torch.set_float32_matmul_precision("highest")
     learner.set(adapter.spec.start(0))
     before = learner.scores(TEXTS)

@@ -27,8 +27,9 @@ devices = st.builds(Device, st.just("x"), trained=st.integers(-1, 9), evaluated=
 
 
 def at(version: int, *devices: Device, buffered: int = 0) -> State:
-    buffer = tuple(Buffered(f"b{i}", 1, 0) for i in range(buffered))
-    return State(version, f"a{version}", buffer, MappingProxyType({f"d{i}": device for i, device in enumerate(devices)}))
+    buffer = tuple(Buffered(f"b{i}", 1, 0, 0) for i in range(buffered))
+    adapters = tuple(f"a{v}" for v in range(version + 1))
+    return State(version, adapters, buffer, MappingProxyType({f"d{i}": device for i, device in enumerate(devices)}))
 
 
 def test_a_device_measures_before_it_trains() -> None:
@@ -126,7 +127,7 @@ def test_version_0_changes_nothing() -> None:
 def test_a_step_uses_the_runs_settings() -> None:
     """server_lr scales the step and max_examples caps the claim of 9999 examples: (2 * 1 + 1 * 4) / 3 / 2."""
     buffer = [Contribution({"w": np.array([value], np.float32)}, n, 0) for value, n in ((1.0, 9999), (4.0, 1))]
-    new = lpfl.step(LpFl(server_lr=0.5, max_examples=2), {"w": np.array([10.0], np.float32)}, buffer)
+    new = lpfl.step(LpFl(server_lr=0.5, max_examples=2), factories.SPEC, {"w": np.array([10.0], np.float32)}, buffer)
 
     assert float(new["w"][0]) == 11.0
 

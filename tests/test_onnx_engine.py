@@ -63,7 +63,7 @@ def adapter_of(bundle: Bundle, seed: int = 1, size: float = 0.1) -> Adapter:
 
 
 def learner(bundle: Bundle, engine: Engine, adapter: Adapter) -> Learner:
-    made = Learner.load(bundle, engine.head, engine.encoder, adapter.spec, threads=1)
+    made = Learner.whole(bundle, engine.head, engine.encoder, adapter.spec, threads=1)
     torch.set_float32_matmul_precision("highest")
     made.set(adapter.arrays)
     return made
@@ -252,15 +252,16 @@ def test_an_encoder_does_not_write(encoder_bundle: Path) -> None:
 
 
 # The graph ------------------------------------------------------------------------------------------------------------
-def test_the_hidden_output_is_what_enters_the_split_layer(folder: Path, bundle: Bundle) -> None:
-    """`hidden` of the fp32 graph is torch's hidden state before layer `split`, where split training will start."""
-    engine: Any = open_engine(folder, bundle, variant="fp32")
-    ids = engine.encoder.prompts(TEXTS)[1]
-    (hidden,) = engine._session.run(["hidden"], engine._feeds([ids], {}))
-    with torch.no_grad():
-        states = torch_model(bundle)(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_hidden_states_are_what_enters_a_layer(folder: Path, bundle: Bundle, layer: int) -> None:
+    """`hidden` of the fp32 graph is torch's hidden state before each layer, where split training may start."""
+    engine = open_engine(folder, bundle, variant="fp32")
+    sequences = engine.encoder.prompts(TEXTS)
+    for ids, hidden in zip(sequences, engine.hidden(sequences, layer), strict=True):
+        with torch.no_grad():
+            states = torch_model(bundle)(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer]
 
-    np.testing.assert_allclose(hidden, states[bundle.split].numpy(), atol=2e-3 * float(states[bundle.split].abs().max()))
+        np.testing.assert_allclose(hidden, states[0].numpy(), atol=2e-3 * float(states.abs().max()))
 
 
 def test_plain_rotary_attention_is_one_operator_a_layer(folder: Path, bundle: Bundle) -> None:

@@ -22,7 +22,7 @@ from edge_sdk import wire
 from edge_sdk.adapters import read_peft
 from edge_sdk.bundle import File
 from edge_sdk.errors import Refused
-from edge_sdk.protocol import Ask, Enroll, Evaluation, Manifest, Message, Problem, Receipt, Train, Wait
+from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Manifest, Message, Problem, Receipt, Train, Wait
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
 from edge_server import handlers
@@ -104,7 +104,7 @@ async def test_a_device_enrols_works_and_is_counted(tmp_path: Path) -> None:
     run = settings()
     start = hashlib.sha256(wire.pack_adapter(factories.SPEC.start(0))).hexdigest()
     async with running(tmp_path, run) as server:
-        manifest = wire.decode(await (await post(server, "/v1/enroll", encode(Enroll(1, "d1", "one")))).read(), Manifest)
+        manifest = wire.decode(await (await post(server, "/v1/enroll", encode(Enroll(PROTOCOL, "d1", "one")))).read(), Manifest)
         await server.enroll("d2")
         work = wire.decode(await (await post(server, "/v1/work", encode(Ask("d1", True)))).read(), Train)
         bodies = [upload("d1", work.version, 1), upload("d2", work.version, 2)]
@@ -283,8 +283,8 @@ REFUSED_JSON = [
     pytest.param("/v1/enroll", b'{"protocol":1,"device":"d9"}', "bad-message", 400, id="missing field"),
     pytest.param("/v1/enroll", b'{"protocol":"1","device":"d9","name":"x"}', "bad-message", 400, id="wrong type"),
     pytest.param("/v1/enroll", encode(Enroll(2, "d9", "x")), "wrong-protocol", 400, id="another protocol"),
-    pytest.param("/v1/enroll", encode(Enroll(1, "../../d9", "x")), "bad-device", 400, id="a path as id"),
-    pytest.param("/v1/enroll", encode(Enroll(1, "d9", "\x1b[2J")), "bad-device", 400, id="a name of control characters"),
+    pytest.param("/v1/enroll", encode(Enroll(PROTOCOL, "../../d9", "x")), "bad-device", 400, id="a path as id"),
+    pytest.param("/v1/enroll", encode(Enroll(PROTOCOL, "d9", "\x1b[2J")), "bad-device", 400, id="a name of control characters"),
     pytest.param("/v1/enroll", b" " * (MAX_JSON + 1), "too-large", 413, id="a message too long"),
     pytest.param("/v1/work", encode(Ask("stranger", True)), "unknown-device", 403, id="work for a stranger"),
     pytest.param("/v1/work", b'{"device":"d2"}', "bad-message", 400, id="ask without can_train"),
@@ -550,7 +550,7 @@ async def test_the_devices_client_reads_the_refusals(server: Running) -> None:
 async def test_messages_are_only_what_the_protocol_says(server: Running) -> None:
     """No answer holds a field its type does not know: each decodes strictly."""
     answers: list[tuple[ClientResponse, type[Message]]] = [
-        (await post(server, "/v1/enroll", encode(Enroll(1, "d1", "x"))), Manifest),
+        (await post(server, "/v1/enroll", encode(Enroll(PROTOCOL, "d1", "x"))), Manifest),
         (await post(server, "/v1/work", encode(Ask("d1", True))), Train),
         (await post(server, "/v1/results", upload("d1", 0), TENSORS_TYPE), Receipt),
         (await post(server, "/v1/work", encode(Ask("d1", True))), Wait),

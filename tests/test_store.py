@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import DataError
 from edge_sdk.store import Parcel, Store
-from edge_sdk.tasks import Example, Private
+from edge_sdk.tasks import Example, Private, Task
 from tests import strategies  # noqa: F401  # its hypothesis profile
 
-LABELS = ("no", "yes")
+TASK = Task(("no", "yes"), "{text}", ((" no",), (" yes",)))
 Row = tuple[str, str | None, str | None, bool]
 
 
@@ -49,11 +49,11 @@ def test_everything_survives_reopening(opened: Callable[[], Store]) -> None:
     store.add_all([("a", "yes", None, False), ("b", None, "no", False), ("c", "no", None, True)])
     store.set_fact("version", "3")
     store.post(Parcel("text/plain", b"body"))
-    before = (store.private(LABELS), store.counts(), store.fact("version"), store.pending(), store.device_id)
+    before = (store.private(TASK), store.counts(), store.fact("version"), store.pending(), store.device_id)
     store.close()
     again = opened()
 
-    assert (again.private(LABELS), again.counts(), again.fact("version"), again.pending(), again.device_id) == before
+    assert (again.private(TASK), again.counts(), again.fact("version"), again.pending(), again.device_id) == before
     assert again.pending() == Parcel("text/plain", b"body")
 
 
@@ -97,7 +97,7 @@ def test_examples_are_told_apart_by_their_use(store: Store) -> None:
     store.add("measured", truth="no")
     store.add("kept aside", "no", held_out=True)
 
-    assert store.private(LABELS) == Private(
+    assert store.private(TASK) == Private(
         labelled=(Example("known", 1),),
         unlabelled=("unknown", "measured"),
         truths=(None, 0),
@@ -108,7 +108,7 @@ def test_examples_are_told_apart_by_their_use(store: Store) -> None:
 
 def test_an_empty_store_is_empty(store: Store) -> None:
     """Nothing kept is nothing found, not an error."""
-    assert store.private(LABELS) == Private((), (), (), ())
+    assert store.private(TASK) == Private((), (), (), ())
     assert store.counts() == {"labelled": 0, "unlabelled": 0, "held_out": 0}
     assert store.pending() is None
 
@@ -119,7 +119,7 @@ def test_a_text_is_kept_once_and_gains_what_it_lacked(store: Store) -> None:
     store.add("  a film\n", "yes")
     store.add("a film")
 
-    assert store.private(LABELS).labelled == (Example("a film", 1),)
+    assert store.private(TASK).labelled == (Example("a film", 1),)
     assert store.counts() == {"labelled": 1, "unlabelled": 0, "held_out": 0}
 
 
@@ -128,12 +128,12 @@ def test_a_new_label_replaces_the_old(store: Store) -> None:
     store.add("a film", "yes")
     store.add("a film", "no")
 
-    assert store.private(LABELS).labelled == (Example("a film", 0),)
+    assert store.private(TASK).labelled == (Example("a film", 0),)
 
 
 rows = st.lists(
     st.tuples(
-        st.sampled_from("abcdef"), st.sampled_from([None, *LABELS]), st.sampled_from([None, *LABELS]), st.booleans()
+        st.sampled_from("abcdef"), st.sampled_from([None, *TASK.labels]), st.sampled_from([None, *TASK.labels]), st.booleans()
     ).filter(lambda row: row[1] is not None or not row[3]),
     max_size=12,
 )
@@ -145,7 +145,7 @@ def test_once_held_out_always_held_out(tmp_path_factory: pytest.TempPathFactory,
     """Whatever is added afterwards, a text once held out is never trained on, and each text has exactly one use."""
     store = Store(tmp_path_factory.mktemp("home"))
     store.add_all(added)
-    private = store.private(LABELS)
+    private = store.private(TASK)
     store.close()
     trained = [e.text for e in private.labelled] + list(private.unlabelled)
 
@@ -192,7 +192,7 @@ def test_a_label_of_another_task_is_refused(store: Store, label: str | None, tru
     store.add("a film", label, truth)
 
     with pytest.raises(DataError, match="label 'maybe' is not one of this task's: no, yes; add its texts again") as caught:
-        store.private(LABELS)
+        store.private(TASK)
     assert "a film" not in str(caught.value)
 
 
@@ -201,7 +201,7 @@ def test_any_text_comes_back_as_it_was(store: Store, text: str) -> None:
     """Zeros, quotes, emoji and length do not change a text."""
     store.add(text, "yes")
 
-    assert store.private(LABELS).labelled == (Example(text, 1),)
+    assert store.private(TASK).labelled == (Example(text, 1),)
 
 
 def test_threads_may_share_a_store(store: Store) -> None:

@@ -77,7 +77,7 @@ Unpacked = tuple[Update, dict[str, Array]]
 
 def check_unpacked(body: bytes) -> Unpacked | None:
     """`unpack` under the invariant: a value that keeps every promise, or None where it raised a WireError that does."""
-    found = attempt(lambda: wire.unpack(body, SHAPES))
+    found = attempt(lambda: wire.unpack(body, lambda _: SHAPES))
     if isinstance(found, WireError):
         check_refusal(found, {"bad-tensors", "wrong-shape", "not-finite", "bad-message"})
         return None
@@ -118,7 +118,7 @@ def attempt(call: Callable[[], T]) -> T | WireError:
 def refusal(body: bytes) -> str:
     """The code `unpack` refuses with."""
     with pytest.raises(WireError) as caught:
-        wire.unpack(body, SHAPES)
+        wire.unpack(body, lambda _: SHAPES)
     return caught.value.code
 
 
@@ -126,7 +126,7 @@ def refusal(body: bytes) -> str:
 @given(strategies.updates(), strategies.adapters(SHAPES))
 def test_an_update_comes_back_bit_for_bit(update: Update, delta: dict[str, Array]) -> None:
     """unpack is the inverse of pack for every valid update, down to the sign of zero and the smallest number."""
-    found, arrays = wire.unpack(wire.pack(update, delta), SHAPES)
+    found, arrays = wire.unpack(wire.pack(update, delta), lambda _: SHAPES)
 
     assert found == update
     assert strategies.same(arrays, delta)
@@ -197,7 +197,7 @@ def test_the_golden_update_is_what_we_write() -> None:
 
 def test_the_golden_update_is_what_we_read() -> None:
     """The golden file holds exactly these values, so that a client in another language can compare itself."""
-    update, arrays = wire.unpack(regenerate.UPDATE_FILE.read_bytes(), regenerate.SPEC.shapes())
+    update, arrays = wire.unpack(regenerate.UPDATE_FILE.read_bytes(), lambda _: regenerate.SPEC.shapes())
 
     assert update == Update("0123456789abcdef", 7, 12, {"loss": 0.5, "soft_examples": 64.0})
     assert {name: array.tolist() for name, array in arrays.items()} == {
@@ -294,7 +294,7 @@ def test_messages_of_any_json_are_refused_or_valid(fields: dict[str, Any]) -> No
 def test_a_header_bomb_is_refused_by_its_length(length: int) -> None:
     """A header over the limit is refused whatever is in it, before it is parsed: no JSON stands behind these lengths."""
     with pytest.raises(WireError, match=f"the header claims {length} bytes") as caught:
-        wire.unpack(struct.pack("<Q", length) + b"[" * (MAX_HEADER + 1), SHAPES)
+        wire.unpack(struct.pack("<Q", length) + b"[" * (MAX_HEADER + 1), lambda _: SHAPES)
     assert caught.value.code == "bad-tensors"
 
 
@@ -302,7 +302,7 @@ def test_a_header_of_the_largest_size_is_read() -> None:
     """The limit itself is allowed: an honest header blown up with spaces to the last byte."""
     header = json.dumps(right_header()).encode()
 
-    assert wire.unpack(framed(header.ljust(MAX_HEADER)), SHAPES)[0] == UPDATE
+    assert wire.unpack(framed(header.ljust(MAX_HEADER)), lambda _: SHAPES)[0] == UPDATE
     assert refusal(framed(header.ljust(MAX_HEADER + 1))) == "bad-tensors"
 
 
@@ -388,7 +388,7 @@ def test_a_missing_and_a_foreign_tensor_are_named() -> None:
     header["stranger"] = header.pop(first)
 
     with pytest.raises(WireError, match="stranger") as caught:
-        wire.unpack(framed(json.dumps(header).encode()), SHAPES)
+        wire.unpack(framed(json.dumps(header).encode()), lambda _: SHAPES)
     assert caught.value.code == "wrong-shape"
     assert first in caught.value.detail
 
@@ -401,7 +401,7 @@ def test_a_value_that_is_not_finite_is_refused(value: float) -> None:
     delta[last][-1, -1] = value
 
     with pytest.raises(WireError, match=last) as caught:
-        wire.unpack(wire.pack(UPDATE, delta), SHAPES)
+        wire.unpack(wire.pack(UPDATE, delta), lambda _: SHAPES)
     assert (caught.value.code, caught.value.status) == ("not-finite", 422)
 
 

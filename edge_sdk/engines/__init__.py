@@ -71,6 +71,9 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Gener
 class Scorer(Protocol):
     """What labelling and measuring need of a model; `Engine` is one."""
 
+    @property
+    def encoder(self) -> PromptEncoder: ...
+
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Uses an adapter from the next call on; None is the base model. Fails whole: the old one stays on an error.
 
@@ -86,6 +89,14 @@ class Scorer(Protocol):
         """Class scores (n, n_classes) before the softmax, in the order of `texts`."""
         ...
 
+    def answers(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of answers, with the model's end token. Raises: DataError: the task's answers are its labels."""
+        ...
+
+    def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Log-probability of each token of each text's answer, in nats: (tokens of the answer,) for each."""
+        ...
+
 
 class Engine(Scorer, Protocol):
     """One base model, one task, and any adapter; for one thread at a time.
@@ -93,11 +104,13 @@ class Engine(Scorer, Protocol):
     Texts are lists: a bare string, or a text that leaves nothing to read, is a DataError.
     """
 
-    encoder: PromptEncoder
-
     @property
     def head(self) -> Head:
-        """The task's class rows, for training. Raises: DataError: a label word is more than one token."""
+        """The task's class rows, for training.
+
+        Raises:
+            DataError: a label word is more than one token, or the task has no classes.
+        """
         ...
 
     def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
@@ -118,6 +131,14 @@ class Engine(Scorer, Protocol):
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit-length vectors (n, width): an encoder's mean, a decoder's last hidden state."""
+        ...
+
+    def hidden(self, sequences: Sequence[Ids], layer: int) -> list[NDArray[np.float32]]:
+        """What enters a layer for each sequence, (tokens, width), under the present adapter; for split training.
+
+        Raises:
+            DataError: this runtime does not hand out hidden states.
+        """
         ...
 
 

@@ -75,7 +75,8 @@ class GgufEngine:
 
     @property
     def head(self) -> Head:
-        """Raises: DataError: a label word is more than one token, and so no row of the vocabulary."""
+        """Raises: DataError: a label word is more than one token, and so no row of the vocabulary, or there are no classes."""
+        self._needs_classes()
         longest = max(range(len(self._words)), key=lambda i: len(self._words[i]))
         if len(self._words[longest]) > 1:
             raise DataError(
@@ -128,10 +129,12 @@ class GgufEngine:
     # Answers ----------------------------------------------------------------------------------------------------------
     def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Class scores (n, n_classes) before the softmax; of words of several tokens the sum of their log-probabilities."""
+        self._needs_classes()
         return self._classes(self.encoder.prompts(texts), shared=True)
 
     def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """The same for token ids as they stand."""
+        self._needs_classes()
         readable(sequences, self._runtime.vocabulary)
         return self._classes(sequences, shared=False)
 
@@ -201,6 +204,37 @@ class GgufEngine:
             self._runtime.forget(1)
         return self.encoder.decode(written)
 
+    def answers(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of answers, with the model's end token. Raises: DataError: the task's answers are its labels."""
+        return self.encoder.answers(texts, next(iter(self._bundle.end), None))
+
+    @_alone
+    def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Log-probability of each token of each text's answer, in nats: (tokens of the answer,) for each."""
+        found = []
+        for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True):
+            self._fit(self._start + len(prompt) + len(answer))
+            logprobs = np.zeros(len(answer), np.float32)
+            try:
+                for at, token in enumerate(answer):
+                    part = (1, len(prompt) + at - 1, [answer[at - 1]]) if at else (1, 0, prompt)
+                    (index,) = self._runtime.decode([part])
+                    logprobs[at] = log_softmax(self._runtime.scores(index)[None])[0, token]
+            finally:
+                self._runtime.forget(1)
+            found.append(logprobs)
+        return found
+
+    def hidden(self, sequences: Sequence[Ids], layer: int) -> list[NDArray[np.float32]]:
+        """Raises: DataError: always; llama.cpp keeps hidden states to itself."""
+        raise DataError(
+            f"llama.cpp does not hand out what enters layer {layer}; split training runs its trunk in an onnxruntime variant"
+        )
+
+    def _needs_classes(self) -> None:
+        if not self._task.labels:
+            raise DataError("this task has no classes; its answers are texts: use `generate`")
+
     # Running ----------------------------------------------------------------------------------------------------------
     @property
     def _start(self) -> int:
@@ -220,7 +254,7 @@ class GgufEngine:
             Which of them were read, the sequence ids that hold them, and the batch indices of their last tokens.
         """
         start = self._start if shared and all(len(ids) > self._start for ids in sequences) else 0
-        words = max(len(ids) for ids in self._words)
+        words = max((len(ids) for ids in self._words), default=0)
         for batch in _by_length([len(ids) - start + words for ids in sequences]):
             self._fit(self._start + max(TOKENS, sum(len(sequences[i]) - start + words for i in batch)))
             used = list(range(1, len(batch) + 1))

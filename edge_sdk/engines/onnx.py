@@ -47,11 +47,13 @@ class OnnxEngine:
         self._adapter: Feeds = {}
         self._shared: Feeds | None = None  # cache of what all prompts begin with, under the present adapter
         self._words = [] if bundle.kind == "encoder" else self.encoder.words()
-        self._head = self._make_head() if all(len(ids) == 1 for ids in self._words) else None
+        single = bool(task.labels) and all(len(ids) == 1 for ids in self._words)
+        self._head = self._make_head() if single else None
 
     @property
     def head(self) -> Head:
         """Raises: DataError: a label word is more than one token, and so no row of the vocabulary."""
+        self._needs_classes()
         if self._head is None:
             longest = max(zip(self._words, self._task.verbalizer, strict=True), key=lambda pair: len(pair[0]))
             raise DataError(
@@ -76,10 +78,12 @@ class OnnxEngine:
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Class scores (n, n_classes) before the softmax; of words of several tokens the sum of their log-probabilities."""
+        self._needs_classes()
         return self._classes(self.encoder.prompts(texts), shared=True)
 
     def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """The same for token ids as they stand."""
+        self._needs_classes()
         readable(sequences, self.encoder.vocabulary)
         return self._classes(sequences, shared=False)
 
@@ -120,9 +124,37 @@ class OnnxEngine:
             ids = [token]
         return self.encoder.decode(written)
 
+    def answers(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of answers, with the model's end token. Raises: DataError: the task's answers are its labels."""
+        return self.encoder.answers(texts, next(iter(self._bundle.end), None))
+
+    def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Log-probability of each token of each text's answer, in nats: (tokens of the answer,) for each."""
+        self._needs_decoder("answer_logprobs")
+        found = []
+        cache: Feeds
+        for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True):
+            logprobs = np.zeros(len(answer), np.float32)
+            ids, cache = prompt, {}
+            for at, token in enumerate(answer):
+                logits, cache = self._step(ids, cache)
+                logprobs[at] = log_softmax(logits)[0, token]
+                ids = [token]
+            found.append(logprobs)
+        return found
+
     def readout(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """What the model makes of token ids as they stand, before any class, (n, width)."""
         return self._run(sequences, "readout")
+
+    def hidden(self, sequences: Sequence[Ids], layer: int) -> list[NDArray[np.float32]]:
+        """What enters a layer for each sequence, (tokens, width); the layers from it on are not computed."""
+        readable(sequences, self.encoder.vocabulary)
+        found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(sequences)
+        for batch, rows in self._batches(sequences, f"hidden.{layer}"):
+            for i, states in zip(batch, rows, strict=True):
+                found[i] = states[: len(sequences[i])]
+        return found
 
     # Running ----------------------------------------------------------------------------------------------------------
     def _needs_decoder(self, what: str) -> None:
@@ -183,6 +215,10 @@ class OnnxEngine:
             start = self.encoder.shared
             self._shared = self._step(start, {})[1] if start and self._bundle.kind == "decoder" else {}
         return self._shared
+
+    def _needs_classes(self) -> None:
+        if not self._task.labels:
+            raise DataError("this task has no classes; its answers are texts: use `generate`")
 
     # Classes ----------------------------------------------------------------------------------------------------------
     def _make_head(self) -> Head:

@@ -1,15 +1,15 @@
-"""Small torch steps on a frozen base: LoRA in, LoRA out.
+"""LoRA in torch: which parameters are trained, and the gradient of a few rows at a time.
 
-The learner owns a model and knows nothing of devices, versions or the wire. `lora` freezes the base and trains PEFT
-adapters; `full` trains every weight and exists for the FedAvg baseline of bench/lpfl.py.
+The learner owns parameters and knows nothing of devices, versions, the wire or time; `trainer.py` takes the steps. `split`
+trains the top layers on cached hidden states and is what devices use; `whole` holds the whole model and `full` trains every
+weight of it, for comparisons.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,151 +17,155 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, mismatch, not_finite, shapes_of
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, mismatch, shapes_of
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import DataError
-from edge_sdk.softlabels import SoftLabels, SoftSet
-from edge_sdk.tasks import Example, Head, Kind
-from edge_sdk.tokens import Ids, PromptEncoder, by_length, pad
+from edge_sdk.tasks import Head, Kind
+from edge_sdk.tokens import Ids, PromptEncoder, by_length
 from edge_sdk.training import base, losses
-from edge_sdk.training.batches import Training, epochs
+from edge_sdk.training.batches import Answer, Classes, Done, Guess, Job, Label, Row, TopTokens
+from edge_sdk.training.hidden import HiddenStates
 
+States = Callable[[Sequence[Ids], Sequence[int]], tuple[Tensor, Tensor]]
 MICRO_BATCH = 8  # sentences of similar length together: half the padding of one batch
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence of a step: its weight in the loss, and its class or the teacher's scores (n_classes,)."""
-
-    ids: Ids
-    weight: float
-    label: int | None = None
-    teacher: NDArray[np.float32] | None = None
-
-
 class Learner:
-    """Trains the parameters of `model` that require a gradient.
+    """Turns rows into gradients of named parameters.
 
     Args:
-        model: a transformers causal LM or encoder, fp32; with PEFT modules for LoRA.
+        model: holds the parameters, and the dropout layers that training mode switches on.
+        parameters: what is trained, by wire name.
+        states: sequences, and the first position of each that is read out -> final hidden states (n, longest, width), right
+            from these positions on, and mask (n, longest); differentiable.
         kind: how a sequence is read out: last position (decoder) or normalized mean (encoder).
-        head: class rows and scale.
+        head: class rows and scale; None for a task without classes.
         encoder: tokenizes texts into the task's prompts.
+        vocabulary: output embeddings (V, width), for losses over tokens.
+        trunk: where the hidden states of the frozen layers come from, if they are split off.
+        micro_batch: rows in memory at a time; the step's gradient is accumulated.
     """
 
-    def __init__(self, model: nn.Module, kind: Kind, head: Head, encoder: PromptEncoder) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        states: States,
+        kind: Kind,
+        head: Head | None,
+        encoder: PromptEncoder,
+        vocabulary: Tensor | None = None,
+        trunk: HiddenStates | None = None,
+        micro_batch: int = MICRO_BATCH,
+    ) -> None:
         self.model = model.eval()
-        self._kind = kind
-        self._encoder = encoder
-        self._rows = torch.from_numpy(head.rows)
-        self._scale = head.scale
-        self._parameters = {wire_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = parameters
+        self.trunk = trunk
+        self.micro_batch = micro_batch
+        self._states, self._kind, self.encoder, self._vocabulary = states, kind, encoder, vocabulary
+        self._head = None if head is None else (torch.from_numpy(head.rows), head.scale)
 
     @classmethod
-    def load(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, spec: AdapterSpec, threads: int) -> Learner:
-        """The bundle's original weights with LoRA, ready to train in this process.
+    def split(
+        cls,
+        folder: Path,
+        bundle: Bundle,
+        head: Head | None,
+        encoder: PromptEncoder,
+        spec: AdapterSpec,
+        trunk: HiddenStates,
+        layers: int,
+        *,
+        freeze_a: bool = False,
+        threads: int = 1,
+        micro_batch: int = MICRO_BATCH,
+    ) -> Learner:
+        """The top `layers` layers with LoRA on cached hidden states; all other layers stay in the engine.
 
-        Sets torch's threads, and lets it take oneDNN's matrix kernels, which may round to bfloat16 on processors made for
-        it: a third less time for a step, the same accuracy (docs/LOG.md). A device labels and measures with the engine.
+        Args:
+            folder: a bundle with the files of `bundle.trains(layers)`, verified.
+            head: the engine's class rows; None for a task whose answers are text.
+            spec: slots inside these layers, and the rank.
+            trunk: gives what enters the lowest of these layers.
+            freeze_a: only the B factors are trained (FFA-LoRA).
         """
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("medium")
-        return cls.lora(base.load(bundle), bundle.kind, head, encoder, spec)
+        _prepare(threads)
+        model: Any = _with_lora(base.load_top(folder, bundle, layers), spec, lambda m: base.inside(bundle, layers, m))
+        bare, decoder = model.get_base_model(), bundle.kind == "decoder"
+        spared: list[base.Only] = []
+
+        def states(sequences: Sequence[Ids], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+            entering = [torch.from_numpy(array) for array in trunk.read(sequences)]
+            below = nn.utils.rnn.pad_sequence(entering, batch_first=True)
+            mask = torch.zeros(below.shape[:2], dtype=torch.int64)
+            for row, ids in enumerate(sequences):
+                mask[row, : len(ids)] = 1
+            for part in spared:
+                part.at = torch.where(_from(starts, mask))
+            # padding is on the right, so causal attention never sees it
+            out = bare(inputs_embeds=below, use_cache=False) if decoder else bare(inputs_embeds=below, attention_mask=mask)
+            return out.last_hidden_state, mask
+
+        names = {f"base_model.model.{base.inside(bundle, layers, slot.module)}": slot for slot in spec.slots}
+        parameters = {}
+        for name, parameter in model.named_parameters():
+            place, _, factor = name.partition(".lora_")
+            if factor:
+                slot = names[place]
+                parameter.requires_grad_(not (freeze_a and factor.startswith("A")))
+                parameters[slot.a if factor.startswith("A") else slot.b] = parameter
+        spared += base.spare(bare) if decoder else []
+        vocabulary = base.load_vocabulary(folder) if head is None else None
+        return cls(model, parameters, states, bundle.kind, head, encoder, vocabulary, trunk, micro_batch)
 
     @classmethod
-    def lora(cls, model: nn.Module, kind: Kind, head: Head, encoder: PromptEncoder, spec: AdapterSpec) -> Learner:
-        """Freezes `model` and puts LoRA into the slots of `spec`."""
-        from peft import LoraConfig, get_peft_model
-
-        whole: Any = model  # any transformers model will do
-        alpha: Any = spec.alpha  # PEFT says int and takes a float
-        modules = [slot.module for slot in spec.slots]
-        config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=modules, lora_dropout=0.1)  # `_dropout` sets it
-        learner = cls(get_peft_model(whole, config), kind, head, encoder)
-        if problem := mismatch(shapes_of(learner.get()), spec.shapes()):
-            raise DataError(f"the training model does not fit the bundle: {problem}")
-        return learner
+    def whole(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, spec: AdapterSpec, threads: int = 1) -> Learner:
+        """The bundle's whole base with LoRA: the reference that split training is compared with."""
+        _prepare(threads)
+        model = _with_lora(base.load(bundle), spec, lambda module: module)
+        parameters = {_wire_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        return cls(model, parameters, _whole(model, bundle.kind), bundle.kind, head, encoder)
 
     @classmethod
-    def full(cls, model: nn.Module, kind: Kind, head: Head, encoder: PromptEncoder) -> Learner:
-        """Every weight of `model` is trained."""
+    def full(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, threads: int = 1) -> Learner:
+        """Every weight of the base is trained."""
+        _prepare(threads)
+        model = base.load(bundle)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        return cls(model, kind, head, encoder)
+        return cls(model, dict(model.named_parameters()), _whole(model, bundle.kind), bundle.kind, head, encoder)
 
     def get(self) -> dict[str, Array]:
-        return {name: p.detach().cpu().numpy().astype(np.float32) for name, p in self._parameters.items()}
+        """A copy of the arrays as they stand."""
+        return {name: np.array(p.detach().numpy(), np.float32) for name, p in self.parameters.items()}
 
     def set(self, arrays: Arrays) -> None:
-        """Raises: DataError: names or shapes are not those of the trained parameters."""
-        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        """Raises: DataError: names or shapes are not those of the parameters."""
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         if problem := mismatch(shapes_of(arrays), shapes):
             raise DataError(problem)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
 
-    def fit(
-        self,
-        start: Arrays,
-        labelled: Sequence[Example],
-        unlabelled: Sequence[str],
-        soft_set: SoftSet | None,
-        training: Training,
-        soft: SoftLabels | None,
-        rng: np.random.Generator,
-    ) -> tuple[dict[str, Array], float]:
-        """Runs `training.steps` AdamW steps from `start`; the loss is hard + soft.weight * soft.
+    def fit(self, job: Job) -> tuple[dict[str, Array], float]:
+        """Runs a job to its end, undisturbed; returns the trained arrays and the mean loss. Raises: DataError: it went wrong."""
+        from edge_sdk.training.trainer import Trainer
 
-        Args:
-            start: the arrays to start from; not changed.
-            labelled: texts with class indices.
-            unlabelled: all unlabelled texts; `soft_set` says which are used and what the teacher thinks of them.
-            rng: orders the examples and drops activations.
-
-        Returns:
-            The trained arrays and the mean loss over the steps.
-
-        Raises:
-            DataError: no labelled text, or a loss that is not finite (`start` stays good).
-        """
-        if not labelled:
-            raise DataError("training needs at least one labelled text; add some with `edge-agent add`")
-        self.set(start)
-        known = self._encoder.prompts([e.text for e in labelled])
-        chosen = self._encoder.prompts([unlabelled[i] for i in soft_set.indices]) if soft_set is not None else []
-        optimizer = torch.optim.AdamW(self._parameters.values(), lr=training.learning_rate, weight_decay=0.0)
-        n_soft = len(soft_set) if soft_set is not None and soft is not None else 0
-        soft_order = epochs(n_soft, soft.batch_size if soft else 1, training.steps, rng)
-        total = 0.0
-        with self._dropout(training.dropout, seed=int(rng.integers(2**31))):
-            for hard_batch in epochs(len(labelled), training.batch_size, training.steps, rng):
-                soft_batch = next(soft_order)
-                rows = [Row(known[i], 1 / len(hard_batch), label=labelled[i].label) for i in hard_batch]
-                if soft_set is not None and soft is not None:
-                    share = soft.weight / max(len(soft_batch), 1)
-                    rows += [Row(chosen[i], share, teacher=soft_set.scores[i]) for i in soft_batch]
-                optimizer.zero_grad(set_to_none=True)
-                loss = self._accumulate(rows, soft.temperature if soft else 1.0)
-                if not math.isfinite(loss):
-                    raise DataError("the training loss is not finite; lower training.learning_rate")
-                nn.utils.clip_grad_norm_(self._parameters.values(), training.clip)
-                optimizer.step()
-                total += loss
-        trained = {name: array.copy() for name, array in self.get().items()}
-        if name := not_finite(trained):
-            raise DataError(f"training drove {name} to infinity; lower training.learning_rate")
-        return trained, total / training.steps
+        trainer = Trainer(self, job)
+        while True:
+            if isinstance(state := trainer.step(float("inf")), Done):
+                return state.arrays, state.loss
 
     @contextmanager
-    def _dropout(self, share: float, seed: int) -> Iterator[None]:
+    def training(self, dropout: float, seed: int) -> Iterator[None]:
         """Training mode with this dropout everywhere and a generator of its own; evaluation mode afterwards."""
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
-                module.p = share
+                module.p = dropout
             for name in ("dropout_prob", "attention_dropout"):  # attention drops by a number, not by a module
                 if hasattr(module, name):
-                    setattr(module, name, share)
+                    setattr(module, name, dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model.train()
@@ -170,51 +174,132 @@ class Learner:
             finally:
                 self.model.eval()
 
-    def _accumulate(self, rows: Sequence[Row], temperature: float) -> float:
-        """Adds the gradient of the rows' weighted losses in micro-batches of similar length; returns the loss."""
-        total = 0.0
-        for batch in by_length([row.ids for row in rows], MICRO_BATCH):
-            group = [rows[i] for i in batch]
-            scores = self._scores([row.ids for row in group])
-            loss = scores.new_zeros(())
-            hard = [i for i, row in enumerate(group) if row.teacher is None]
-            soft = [i for i, row in enumerate(group) if row.teacher is not None]
-            weights = torch.tensor([row.weight for row in group])
-            if hard:
-                labels = torch.tensor([group[i].label for i in hard])
-                loss = loss + weights[hard] @ losses.hard(scores[hard], labels)
-            if soft:
-                teacher = torch.from_numpy(np.stack([t for row in group if (t := row.teacher) is not None]))
-                loss = loss + weights[soft] @ losses.soft(scores[soft], teacher, temperature)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            total += float(loss.detach())
-        return total
+    def accumulate(self, rows: Sequence[tuple[Row, float]]) -> float:
+        """Adds the gradient of a few rows' weighted losses; returns the weighted loss."""
+        weights = torch.tensor([weight for _, weight in rows])
+        loss = weights @ self.losses([row for row, _ in rows])
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return float(loss.detach())
+
+    def losses(self, rows: Sequence[Row]) -> Tensor:
+        """The loss of each row, (n,): over classes, or the mean over the tokens of its answer."""
+        hidden, mask = self._states([row.ids for row in rows], [_start(row) for row in rows])
+        found: list[Tensor] = [hidden.new_zeros(())] * len(rows)
+        graded = [i for i, row in enumerate(rows) if isinstance(row.target, Label | Guess | Classes)]
+        if graded:
+            scores = self._scores(hidden[graded], mask[graded])
+            for i, value in zip(graded, _over_classes(scores, [rows[i] for i in graded]), strict=True):
+                found[i] = value
+        for i, row in enumerate(rows):
+            if isinstance(row.target, Answer | TopTokens):
+                found[i] = self._over_tokens(hidden[i], row, row.target).mean()
+        return torch.stack(found)
+
+    def _over_tokens(self, hidden: Tensor, row: Row, target: Answer | TopTokens) -> Tensor:
+        """Losses of one sequence's answer; position t - 1 says token t."""
+        if self._vocabulary is None:
+            raise DataError("this learner has no vocabulary, so it cannot train on answers; the task has classes")
+        if isinstance(target, TopTokens):
+            said = hidden[target.start - 1 : target.start - 1 + len(target.ids)]
+            return losses.top_k(said, self._vocabulary, torch.from_numpy(target.ids), torch.from_numpy(target.logprobs))
+        wanted = torch.tensor(row.ids[target.start :])
+        return losses.tokens(hidden[target.start - 1 : len(row.ids) - 1], self._vocabulary, wanted)
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
         """Class scores (n, n_classes) of the model as it stands."""
-        sequences = self._encoder.prompts(texts)
-        out = np.zeros((len(sequences), len(self._rows)), np.float32)
+        sequences = self.encoder.prompts(texts)
+        found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
         for batch in by_length(sequences, batch_size):
-            out[batch] = self._scores([sequences[i] for i in batch]).numpy()
-        return out
+            starts = [len(sequences[i]) - 1 for i in batch]
+            rows = self._scores(*self._states([sequences[i] for i in batch], starts)).numpy()
+            for i, row in zip(batch, rows, strict=True):
+                found[i] = row
+        return np.stack(found)
 
-    def _scores(self, sequences: Sequence[Ids]) -> Tensor:
-        return self._scale * readout(self.model, self._kind, sequences) @ self._rows.T
+    def _scores(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        if self._head is None:
+            raise DataError("this task has no classes; its answers are text")
+        rows, scale = self._head
+        return scale * pooled(hidden, mask, self._kind) @ rows.T
 
 
-def readout(model: Any, kind: Kind, sequences: Sequence[Ids]) -> Tensor:
-    """What the model makes of each sequence, (n, width): the decoder's last position, the encoder's unit-length mean."""
-    ids, mask = (torch.from_numpy(a) for a in pad(sequences))
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+def pooled(hidden: Tensor, mask: Tensor, kind: Kind) -> Tensor:
+    """The readout (n, width) of hidden states (n, longest, width): the decoder's last position, the encoder's unit mean."""
     if kind == "decoder":
-        hidden = bare.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[torch.arange(len(ids)), mask.sum(1) - 1]  # type: ignore[no-any-return]
-    hidden = bare(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden[torch.arange(len(hidden)), mask.sum(1) - 1]
     weights = mask[:, :, None].to(hidden.dtype)
     return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=1)
 
 
-def wire_name(name: str) -> str:
+def _start(row: Row) -> int:
+    """The first position whose hidden state the row's loss reads."""
+    if isinstance(row.target, Answer | TopTokens):
+        return row.target.start - 1
+    return len(row.ids) - 1
+
+
+def _from(starts: Sequence[int], mask: Tensor) -> Tensor:
+    """Which positions (n, longest) lie at or after their row's start and are no padding."""
+    return (torch.arange(mask.shape[1]) >= torch.tensor(starts)[:, None]) & mask.bool()
+
+
+def readout(model: Any, kind: Kind, sequences: Sequence[Ids]) -> Tensor:
+    """What a whole model makes of each sequence, (n, width)."""
+    return pooled(*base.whole_states(model, kind, sequences), kind)
+
+
+def _over_classes(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Losses (n,) of class scores (n, n_classes), each by its own kind of target."""
+    found: list[Tensor] = [scores.new_zeros(())] * len(rows)
+    for kind in (Label, Guess, Classes):
+        group = [(i, row.target) for i, row in enumerate(rows) if isinstance(row.target, kind)]
+        if not group:
+            continue
+        own, targets = scores[[i for i, _ in group]], [target for _, target in group]
+        labels = [t.index for t in targets if isinstance(t, Label)]
+        guesses = [t for t in targets if isinstance(t, Guess)]
+        if labels:
+            values = losses.hard(own, torch.tensor(labels))
+        elif guesses:
+            teacher = torch.from_numpy(np.stack([g.scores for g in guesses]))
+            values = losses.soft(own, teacher, torch.tensor([[g.temperature] for g in guesses]))
+        else:
+            values = losses.classes(own, torch.from_numpy(np.stack([t.probabilities for t in targets if isinstance(t, Classes)])))
+        for (i, _), value in zip(group, values, strict=True):
+            found[i] = value
+    return torch.stack(found)
+
+
+def _whole(model: nn.Module, kind: Kind) -> States:
+    return lambda sequences, _: base.whole_states(model, kind, sequences)
+
+
+def _prepare(threads: int) -> None:
+    """Sets torch's threads, and lets it take oneDNN's matrix kernels, which may round to bfloat16 on processors made for it.
+
+    A third less time for a step, the same accuracy (docs/LOG.md). A device labels and measures with the engine.
+    """
+    base.quiet()
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("medium")
+
+
+def _with_lora(model: nn.Module, spec: AdapterSpec, name: Callable[[str], str]) -> nn.Module:
+    """Freezes `model` and puts LoRA into the slots of `spec`, called `name(module)` there."""
+    from peft import LoraConfig, get_peft_model
+
+    whole: Any = model  # any transformers model will do
+    alpha: Any = spec.alpha  # PEFT says int and takes a float
+    modules = [name(slot.module) for slot in spec.slots]
+    config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=modules, lora_dropout=0.1)  # `training` sets it
+    made: nn.Module = get_peft_model(whole, config)
+    found = sum(".lora_A." in parameter for parameter, _ in made.named_parameters())
+    if found != len(modules):
+        raise DataError(f"the training model has {found} of the {len(modules)} layers that carry LoRA")
+    return made
+
+
+def _wire_name(name: str) -> str:
     """PEFT's parameter name in a live model -> its name in a file (the adapter's own name is dropped)."""
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")

@@ -1,4 +1,4 @@
-"""Losses over class scores, one value per row; each is tested against a value worked out by hand."""
+"""Losses, one value per row (or per token); each is tested against a value worked out by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def hard(scores: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(scores, labels, reduction="none")
 
 
-def soft(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def soft(scores: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
     """KL(softmax(teacher / T) || softmax(scores)) of each row: (n,).
 
     Only the teacher is tempered. A student that starts as its own teacher has no gradient when both are tempered alike;
@@ -20,7 +20,55 @@ def soft(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     Args:
         scores: the student's, (n, n_classes); carries the gradient.
         teacher: the teacher's untempered scores, (n, n_classes); detached.
-        temperature: T, positive.
+        temperature: T, positive; or one for each row, (n, 1).
     """
     target = F.softmax(teacher.detach() / temperature, dim=1)
     return F.kl_div(F.log_softmax(scores, dim=1), target, reduction="none").sum(1)
+
+
+def distil(scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(scores / T)) of each row: (n,). Hinton et al. 2015, section 2.
+
+    T^2 keeps the size of the gradient when T changes.
+
+    Args:
+        scores, teacher: (n, n_columns) of the same columns; the teacher is detached.
+    """
+    target = F.softmax(teacher.detach() / temperature, dim=1)
+    return temperature**2 * F.kl_div(F.log_softmax(scores / temperature, dim=1), target, reduction="none").sum(1)
+
+
+def classes(scores: Tensor, probabilities: Tensor) -> Tensor:
+    """Class-level distillation: cross-entropy of scores against a teacher's class probabilities, (n, n_classes): (n,).
+
+    Whatever the teacher is (a model with another tokenizer, a vote of devices), its classes are the same, so nothing needs
+    to be aligned. Rows of `probabilities` that do not sum to 1 (8-bit rounding) are divided by their sum.
+    """
+    target = probabilities.detach()
+    target = target / target.sum(1, keepdim=True)
+    return -(target * F.log_softmax(scores, dim=1)).sum(1)
+
+
+def tokens(hidden: Tensor, vocabulary: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the next token at each position, in nats: (n,).
+
+    Args:
+        hidden: final hidden states of the positions that count, (n, width); never a whole batch of sequences.
+        vocabulary: output embeddings, (V, width).
+        targets: token ids, (n,).
+    """
+    return F.cross_entropy(hidden @ vocabulary.T, targets, reduction="none")
+
+
+def top_k(hidden: Tensor, vocabulary: Tensor, ids: Tensor, logprobs: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) over the teacher's k likeliest tokens, both renormalized over these k: (n,).
+
+    The student's logits are computed for these tokens alone, by gathering their rows: (n, k), never (n, V).
+
+    Args:
+        hidden: the student's final hidden states, (n, width).
+        vocabulary: output embeddings, (V, width).
+        ids: the teacher's likeliest tokens, (n, k). logprobs: their log-probabilities, (n, k); detached.
+    """
+    scores = (vocabulary[ids] @ hidden[:, :, None]).squeeze(2)
+    return distil(scores, logprobs, temperature)

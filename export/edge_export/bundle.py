@@ -30,7 +30,7 @@ from edge_sdk import bundle as bundles
 from edge_sdk import golden
 from edge_sdk.adapters import Adapter, AdapterSpec, row_major
 from edge_sdk.assets import Asset, resolve
-from edge_sdk.bundle import NAME, SCHEMA, TOKENIZER, Bundle, Variant, digest, seal
+from edge_sdk.bundle import CONFIG, FINAL, NAME, SCHEMA, TOKENIZER, VOCABULARY, Bundle, Variant, digest, layer_file, seal
 from edge_sdk.engines import open_engine
 from edge_sdk.engines.onnx import OnnxEngine
 from edge_sdk.errors import DataError
@@ -41,6 +41,7 @@ from edge_sdk.training.base import count_parameters, load_path
 from edge_sdk.training.learner import readout
 
 FLOOR = 0.99
+HALF = 65504.0  # the largest float16
 MOST_PARAMETERS = 530_000_000  # of a model whose fp32 graph stays below protobuf's 2 GB
 GGUF = gguf.QUANTS
 VARIANTS = ("int8", "fp32", *GGUF)
@@ -147,6 +148,7 @@ class _Making:
         model.save_pretrained(self.plain)
         self.tokenizer.save_pretrained(self.plain)
         shutil.copyfile(self.plain / TOKENIZER, self.folder / TOKENIZER)
+        self._weights()
         self.task = recipe.task or SENTIMENT[self.family.kind]
         self.probe = probe.read(recipe.probe, self.task.labels)
         self.bundle = self._describe()
@@ -202,7 +204,6 @@ class _Making:
             parameters=self.parameters,
             width=int(config.hidden_size),
             layers=layers,
-            split=layers - -(-layers // 3),
             positions=int(config.max_position_embeddings),
             prefix=prefix,
             suffix=suffix,
@@ -227,6 +228,24 @@ class _Making:
         bundle = msgspec.structs.replace(self.bundle, variants=(variant,), files=files)
         return open_engine(folder, bundle, self.task, name, self.recipe.threads)
 
+    def _weights(self) -> None:
+        """What a device trains on: each layer, what follows the last one, and a decoder's vocabulary; before any smoothing."""
+        state = {name: tensor.numpy() for name, tensor in self.model.state_dict().items()}
+
+        def keep(file: str, prefix: str) -> None:
+            inside = {name.removeprefix(prefix): array for name, array in state.items() if prefix and name.startswith(prefix)}
+            if any(np.abs(array).max(initial=0) > HALF for array in inside.values()):
+                raise DataError(f"weights of {prefix}* do not fit into float16; this model cannot be trained on devices")
+            save_file({name: array.astype(np.float16) for name, array in inside.items()}, self.folder / file)
+
+        for layer in range(int(self.config.num_hidden_layers)):
+            keep(layer_file(layer), f"{self.family.layers}.{layer}.")
+        keep(FINAL, f"{self.family.final}." if self.family.final else "")
+        if self.family.kind == "decoder":
+            state = {"head.weight": self.model.get_output_embeddings().weight.detach().numpy()}
+            keep(VOCABULARY, "head.")
+        shutil.copyfile(self.plain / CONFIG, self.folder / CONFIG)
+
     # Variants ---------------------------------------------------------------------------------------------------------
     def _export(self, smoothed: Smoothed | None) -> onnx.ModelProto:
         """The fp32 graph with LoRA inputs and all outputs."""
@@ -246,8 +265,7 @@ class _Making:
                 surgery.fuse_attention(graph, layers, rotary)
         else:
             surgery.encoder_readout(graph, self.bundle.width)
-        first = f"{family.layers}.{self.bundle.split}"
-        surgery.expose_hidden(graph, surgery.entering(graph, first), self.bundle.width)
+        surgery.expose_hidden(graph, [f"{family.layers}.{i}" for i in range(self.bundle.layers)], self.bundle.width)
         surgery.prune(graph)
         return model
 

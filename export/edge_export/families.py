@@ -32,6 +32,7 @@ class Family:
         kind: how the model is read out.
         layers: path of the list of layers.
         groups: the linear layers of each, by shared input.
+        final: the module between the last layer and the readout; "" where there is none.
         slots: last parts of the modules that get LoRA unless others are named.
         plain_attention: attention is rotary and causal, with nothing between the projections and the rotation, so that
             the exported graph's many small operators can be replaced by one.
@@ -41,6 +42,7 @@ class Family:
     layers: str
     groups: tuple[Group, ...]
     slots: tuple[str, ...]
+    final: str = ""
     plain_attention: bool = False
 
 
@@ -56,6 +58,7 @@ _LLAMA = Family(
         Group(("mlp.down_proj",), "mlp.up_proj"),
     ),
     ("q_proj", "v_proj"),
+    final="model.norm",
     plain_attention=True,
 )
 _GEMMA3 = Family(
@@ -68,6 +71,7 @@ _GEMMA3 = Family(
         Group(("mlp.down_proj",), "mlp.up_proj"),
     ),
     ("q_proj", "v_proj"),
+    final="model.norm",
 )
 _BERT = Family(  # its norms feed the residual stream too, so only the values' scales can be folded
     "encoder",

@@ -104,9 +104,10 @@ def _insert(
     at = list(graph.node).index(node) + 1
     for offset, new in enumerate(added):
         graph.node.insert(at + offset, new)
+    rank = f"rank {slot.module}"  # its own: equal names mean equal sizes, and an adapter may leave slots out
     for name, empty, shape in (
-        (slot.a, (0, slot.in_features), ["rank", slot.in_features]),
-        (slot.b, (slot.out_features, 0), [slot.out_features, "rank"]),
+        (slot.a, (0, slot.in_features), [rank, slot.in_features]),
+        (slot.b, (slot.out_features, 0), [slot.out_features, rank]),
     ):
         constant(graph, name, np.zeros(empty, np.float32))
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
@@ -198,10 +199,16 @@ def _outputs(graph: GraphProto, **outputs: Sequence[str | int]) -> None:
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
 
-def expose_hidden(graph: GraphProto, tensor: str, width: int) -> None:
-    """Adds the output `hidden` (batch, sequence, width): a tensor of the residual stream, where split training starts."""
-    graph.node.append(helper.make_node("Identity", [tensor], ["hidden"], name="/hidden/Identity"))
-    graph.output.append(helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["batch", "sequence", width]))
+def expose_hidden(graph: GraphProto, layers: Sequence[str], width: int) -> None:
+    """Adds outputs `hidden.i` (batch, sequence, width), what enters each layer, where split training may start.
+
+    Args:
+        layers: module paths of the layers, from the input to the output.
+    """
+    for index, layer in enumerate(layers):
+        name = f"hidden.{index}"
+        graph.node.append(helper.make_node("Identity", [entering(graph, layer)], [name], name=f"/hidden/{index}"))
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "sequence", width]))
 
 
 def entering(graph: GraphProto, module: str) -> str:

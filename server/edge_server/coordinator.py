@@ -61,11 +61,12 @@ Event = Enrolled | Accepted | Evaluated | Published
 
 @dataclass(frozen=True)
 class Buffered:
-    """An accepted update that waits for the next version; staleness as it was on arrival."""
+    """An accepted update of base version `version` that waits for the next one; staleness as it was on arrival."""
 
     blob: str
     num_examples: int
     staleness: int
+    version: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,19 @@ class Device:
 
 @dataclass(frozen=True)
 class State:
-    """The whole run; `version` is -1 until the first adapter is published."""
+    """The whole run; `version` is -1 until the first adapter is published, and `adapters` names that of every version."""
 
     version: int = -1
-    adapter: str = ""
+    adapters: tuple[str, ...] = ()
     buffer: tuple[Buffered, ...] = ()
     devices: Mapping[str, Device] = field(default_factory=lambda: MappingProxyType({}))
     receipts: Mapping[str, Receipt] = field(default_factory=lambda: MappingProxyType({}))
     measurements: tuple[Measurement, ...] = ()
+
+    @property
+    def adapter(self) -> str:
+        """The newest version's."""
+        return self.adapters[-1] if self.adapters else ""
 
 
 def apply(state: State, event: Event) -> State:
@@ -109,14 +115,14 @@ def apply(state: State, event: Event) -> State:
                     uploaded_bytes=sender.uploaded_bytes + event.size,
                 ),
             )
-            waiting = Buffered(event.blob, event.num_examples, state.version - event.version)
+            waiting = Buffered(event.blob, event.num_examples, state.version - event.version, event.version)
             return replace(_with_receipt(state, "update", event), buffer=(*state.buffer, waiting))
         case Evaluated():
             sender = state.devices[event.device]
             state = _with_device(state, event.device, replace(sender, evaluated=max(sender.evaluated, event.version)))
             return _with_receipt(state, "evaluation", event)
         case Published(version, adapter, folded):
-            return replace(state, version=version, adapter=adapter, buffer=state.buffer[folded:])
+            return replace(state, version=version, adapters=(*state.adapters, adapter), buffer=state.buffer[folded:])
 
 
 def enroll(state: State, device: str, name: str) -> Enrolled | None:

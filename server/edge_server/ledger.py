@@ -54,6 +54,7 @@ class Ledger:
         self._data = data
         self._say = say
         self._shapes = manifest.adapter.shapes()
+        self._update_shapes = wire.update_shapes(manifest)
         self.body_limit = wire.size_limit(self._shapes)
         self._log = self._open.enter_context(contextlib.closing(EventLog(data / "events.sqlite")))
         events = (msgspec.json.decode(body, type=Event) for body in self._log.read())
@@ -92,7 +93,7 @@ class Ledger:
             WireError: the upload is refused; nothing of it remains.
         """
         body = await asyncio.to_thread(incoming.read_bytes)
-        update, _ = await asyncio.to_thread(wire.unpack, body, self._shapes)
+        update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
         id = wire.update_id(update.device, update.version, sha256)
         async with self._lock:  # two updates at once for one version: the second is refused before its blob is kept
             decision = coordinator.accept(self.state, update, id, sha256, len(body), self._settings.lpfl.max_staleness)
@@ -158,9 +159,17 @@ class Ledger:
         self.state = coordinator.apply(self.state, event)
 
     def _aggregate(self, version: int, adapter: str, batch: tuple[Buffered, ...]) -> None:
-        current = wire.unpack_adapter(self.blobs.get(adapter), self._shapes)
-        buffer = (Contribution(wire.unpack(self.blobs.get(b.blob), self._shapes)[1], b.num_examples, b.staleness) for b in batch)
-        self._publish_files(version, lpfl.step(self._settings.lpfl, current, buffer))
+        current = self._adapter_of(adapter)
+        buffer = (self._contribution(waiting) for waiting in batch)
+        self._publish_files(version, lpfl.step(self._settings.lpfl, self.manifest.adapter, current, buffer))
+
+    def _contribution(self, waiting: Buffered) -> Contribution:
+        delta = wire.unpack(self.blobs.get(waiting.blob), self._update_shapes)[1]
+        base = self._adapter_of(self.state.adapters[waiting.version])
+        return Contribution(delta, waiting.num_examples, waiting.staleness, base)
+
+    def _adapter_of(self, blob: str) -> dict[str, Array]:
+        return wire.unpack_adapter(self.blobs.get(blob), self._shapes)
 
     def _publish_files(self, version: int, arrays: dict[str, Array]) -> None:
         """Every version is a folder that PEFT can load."""

@@ -24,16 +24,24 @@ class AdapterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rank, alpha: y = W x + (alpha / rank) B A x.
         modules: last parts of module names; empty for all slots of the bundle.
         top_layers: only this many layers nearest the output; 0 for every layer.
+        min_layers: a device may train only this many of them, as its memory and speed allow; 0 for no choice.
+        min_rank: a device may train only this many components; 0 for no choice.
+        freeze_a: train the B factors only (FFA-LoRA): half the upload, exact averaging.
     """
 
     rank: int = 8
     alpha: float = 16.0
     modules: tuple[str, ...] = ()
     top_layers: int = 0
+    min_layers: int = 0
+    min_rank: int = 0
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 256 or not 0 < self.alpha < math.inf or self.top_layers < 0:
             raise SettingsError("adapter.rank must be between 1 and 256, alpha positive and finite, top_layers not negative")
+        if self.min_layers < 0 or not 0 <= self.min_rank <= self.rank:
+            raise SettingsError("adapter.min_layers must not be negative, adapter.min_rank between 0 and adapter.rank")
 
 
 class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,6 +51,12 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     system: Literal["lpfl"] = "lpfl"
     adapter: AdapterSettings = AdapterSettings()
     lpfl: LpFl = LpFl()
+
+    def __post_init__(self) -> None:
+        if 0 < self.adapter.min_rank < self.adapter.rank and self.lpfl.average == "factors" and not self.adapter.freeze_a:
+            raise SettingsError(
+                "factors of different ranks have no mean: with adapter.min_rank set lpfl.average to products, or adapter.freeze_a"
+            )
 
 
 def load(path: Path) -> RunSettings:
@@ -58,7 +72,14 @@ def load(path: Path) -> RunSettings:
 
 
 def manifest(settings: RunSettings, bundle: Bundle) -> Manifest:
-    """What devices are told. Raises: SettingsError: the adapter's modules are not in the bundle."""
-    slots = bundle.pick(settings.adapter.modules, settings.adapter.top_layers)
-    spec = AdapterSpec(slots, settings.adapter.rank, settings.adapter.alpha)
-    return Manifest(PROTOCOL, settings.system, settings.task, spec, bundle)
+    """What devices are told. Raises: SettingsError: the adapter's modules or layers are not in the bundle."""
+    adapter = settings.adapter
+    spec = AdapterSpec(bundle.pick(adapter.modules, adapter.top_layers), adapter.rank, adapter.alpha, adapter.freeze_a)
+    if max(adapter.top_layers, adapter.min_layers) > bundle.layers or adapter.min_layers > spec.depth:
+        raise SettingsError(
+            f"adapter.top_layers = {adapter.top_layers} and min_layers = {adapter.min_layers} ask for more layers than there are:"
+            f" the model has {bundle.layers}, the adapter {spec.depth}"
+        )
+    return Manifest(
+        PROTOCOL, settings.system, settings.task, spec, bundle, min_layers=adapter.min_layers, min_rank=adapter.min_rank
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
@@ -21,7 +22,7 @@ from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.training.batches import Training
 from edge_server import coordinator
-from edge_server.aggregation import Contribution, fedbuff
+from edge_server.aggregation import Contribution, fedbuff, products
 from edge_server.coordinator import Buffered, Device, State
 
 
@@ -34,6 +35,8 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             version once, so with fewer devices than this no version is ever made: count those that may stay away.
         max_staleness: versions an update's base may lie behind before it is refused.
         server_lr: step along the mean update.
+        average: `factors`: A and B each on its own, as the paper does; all devices train one rank, unless A is frozen.
+            `products`: what they do, BA; devices may train different ranks.
         max_examples: an update counts for at most this many examples, whatever it claims.
         wait_seconds: how long an idle device waits before it asks again.
         evaluate_every: devices measure every n-th version, the first and the last; 0 for the last only.
@@ -46,6 +49,7 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     buffer_size: int = 4
     max_staleness: int = 8
     server_lr: float = 1.0
+    average: Literal["factors", "products"] = "factors"
     max_examples: int = 10_000
     wait_seconds: float = 30.0
     evaluate_every: int = 1
@@ -84,8 +88,10 @@ def due(settings: LpFl, state: State) -> tuple[Buffered, ...]:
     return () if state.version >= settings.versions else coordinator.due(state, settings.buffer_size)
 
 
-def step(settings: LpFl, adapter: Arrays, buffer: Iterable[Contribution]) -> dict[str, Array]:
+def step(settings: LpFl, spec: AdapterSpec, adapter: Arrays, buffer: Iterable[Contribution]) -> dict[str, Array]:
     """The next version's adapter."""
+    if settings.average == "products":
+        return products(adapter, spec, buffer, settings.server_lr, cap=settings.max_examples)
     return fedbuff(adapter, buffer, settings.server_lr, cap=settings.max_examples)
 
 

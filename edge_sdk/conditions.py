@@ -1,0 +1,68 @@
+"""Looks at the device: battery, heat, load and memory as Linux tells them, and how fast its cores multiply."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from edge_sdk.eligibility import Conditions
+
+SYS = Path("/sys/class")
+PROC = Path("/proc")
+
+
+def look(sys: Path = SYS, proc: Path = PROC) -> Conditions:
+    """What can be read here; on other systems than Linux that is little."""
+    charge = [value / 100 for value in _numbers(sys / "power_supply", "*/capacity")]
+    online = _numbers(sys / "power_supply", "*/online")
+    states = _texts(sys / "power_supply", "*/status")
+    heat = [value / 1000 for value in _numbers(sys / "thermal", "thermal_zone*/temp")]
+    load = None
+    with contextlib.suppress(OSError):
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return Conditions(
+        battery=min(charge) if charge else None,
+        charging=any(online) or "Charging" in states or "Full" in states if charge else None,
+        celsius=max(heat) if heat else None,
+        load=load,
+        free_mb=_free(proc / "meminfo"),
+    )
+
+
+def gflops(seconds: float = 0.05) -> float:
+    """Billions of float32 operations a second in matrix products of a layer's size, on the cores numpy uses."""
+    a, b = np.ones((256, 512), np.float32), np.ones((512, 512), np.float32)
+    a @ b
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ b
+        done += 1
+    return done * 2 * 256 * 512 * 512 / (time.perf_counter() - began) / 1e9
+
+
+def _free(meminfo: Path) -> float | None:
+    for text in _texts(meminfo.parent, meminfo.name):
+        for line in text.splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) / 1024
+    return None
+
+
+def _texts(folder: Path, pattern: str) -> list[str]:
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            found.append(path.read_text().strip())
+    return found
+
+
+def _numbers(folder: Path, pattern: str) -> list[float]:
+    numbers = []
+    for text in _texts(folder, pattern):
+        with contextlib.suppress(ValueError):
+            numbers.append(float(text))
+    return numbers

@@ -75,11 +75,8 @@ def manifest(settings: RunSettings, bundle: Bundle) -> Manifest:
     """What devices are told. Raises: SettingsError: the adapter's modules or layers are not in the bundle."""
     adapter = settings.adapter
     spec = AdapterSpec(bundle.pick(adapter.modules, adapter.top_layers), adapter.rank, adapter.alpha, adapter.freeze_a)
-    if max(adapter.top_layers, adapter.min_layers) > bundle.layers or adapter.min_layers > spec.depth:
-        raise SettingsError(
-            f"adapter.top_layers = {adapter.top_layers} and min_layers = {adapter.min_layers} ask for more layers than there are:"
-            f" the model has {bundle.layers}, the adapter {spec.depth}"
-        )
+    if adapter.min_layers > spec.depth:
+        raise SettingsError(f"adapter.min_layers = {adapter.min_layers} is more than the {spec.depth} layers of the adapter")
     return Manifest(
         PROTOCOL, settings.system, settings.task, spec, bundle, min_layers=adapter.min_layers, min_rank=adapter.min_rank
     )

@@ -16,7 +16,6 @@ from edge_sdk.engines import open_engine
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Training
-from edge_sdk.training.learner import Learner
 from edge_server import settings as run_settings
 from edge_server.systems.lpfl import LpFl
 from tests import factories
@@ -29,7 +28,7 @@ def lab(encoder_bundle: Path) -> fleet.Lab:
     bundle = bundles.read(encoder_bundle)
     manifest = run_settings.manifest(settings, bundle)
     engine = open_engine(encoder_bundle, bundle, settings.task)
-    learner = Learner.whole(bundle, engine.head, engine.encoder, manifest.adapter, threads=1)
+    learner = fleet.learner_of(encoder_bundle, bundle, engine, manifest.adapter)
     return fleet.Lab(settings, manifest.adapter, bundle.parameters, engine, learner, encoder_bundle)
 
 

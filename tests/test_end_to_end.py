@@ -25,7 +25,6 @@ from edge_sdk.softlabels import SoftLabels
 from edge_sdk.store import Store
 from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Training
-from edge_sdk.training.learner import Learner
 from edge_server.systems.lpfl import LpFl
 from tests import factories
 
@@ -176,7 +175,7 @@ def test_a_fleet_of_processes_learns_what_the_same_loop_learns_in_one_process(ho
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
     engine = open_engine(house.bundle, bundle, TASK)
-    learner = Learner.whole(bundle, engine.head, engine.encoder, spec, threads=1)
+    learner = fleet.learner_of(house.bundle, bundle, engine, spec)
     expected = fleet.federate(list(owned.values()), spec.start(LPFL.seed), spec, LPFL, engine, learner)
     got = final_adapter(house)
     for name, array in expected.items():
@@ -215,7 +214,7 @@ def test_power_cuts_on_both_sides_change_nothing(house: House) -> None:
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
     engine = open_engine(house.bundle, bundle, TASK)
-    learner = Learner.whole(bundle, engine.head, engine.encoder, spec, threads=1)
+    learner = fleet.learner_of(house.bundle, bundle, engine, spec)
     expected = fleet.federate(owned, spec.start(LPFL.seed), spec, LPFL, engine, learner)
     for name, array in final_adapter(house).items():
         np.testing.assert_allclose(array, expected[name], atol=1e-5)

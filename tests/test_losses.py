@@ -96,6 +96,59 @@ def test_a_student_that_is_its_teacher_learns_at_a_lower_temperature() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.15, -0.15]]))
 
 
+# Distillation ---------------------------------------------------------------------------------------------------------
+def test_distillation_of_known_scores() -> None:
+    """T = 2, teacher (0, 2 ln 3) is (1/4, 3/4), student (1/2, 1/2): 4 (1/4 ln 1/2 + 3/4 ln 3/2)."""
+    found = losses.distil(scores([0.0, 0.0]), torch.tensor([[0.0, 2 * LN3]]), 2.0)
+
+    torch.testing.assert_close(found, torch.tensor([4 * (-math.log(2) / 4 + 3 / 4 * math.log(3 / 2))]))
+
+
+def test_distillation_keeps_the_size_of_its_gradient() -> None:
+    """T^2 outside, 1/T inside: the gradient is T (student - teacher) = 2 (1/2 - 1/4, 1/2 - 3/4)."""
+    student = scores([0.0, 0.0])
+    found = gradient(losses.distil(student, torch.tensor([[0.0, 2 * LN3]]), 2.0), student)
+
+    torch.testing.assert_close(found, torch.tensor([[0.5, -0.5]]))
+
+
+def test_class_level_distillation_of_known_probabilities() -> None:
+    """Student (1/4, 3/4) under a teacher (1/2, 1/2): -1/2 ln 1/4 - 1/2 ln 3/4, whatever the teacher's numbers sum to."""
+    expected = torch.tensor([-(math.log(1 / 4) + math.log(3 / 4)) / 2])
+
+    for teacher in ([[0.5, 0.5]], [[127.0, 127.0]]):
+        torch.testing.assert_close(losses.classes(scores([0.0, LN3]), torch.tensor(teacher)), expected)
+
+
+def test_token_loss_of_a_known_vocabulary() -> None:
+    """Hidden (1, 0) over rows (0, 9) and (ln 3, 9): logits (0, ln 3); token 0 costs ln 4, token 1 costs ln 4/3."""
+    hidden, vocabulary = torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[0.0, 9.0], [LN3, 9.0]])
+
+    torch.testing.assert_close(
+        losses.tokens(hidden, vocabulary, torch.tensor([0, 1])), torch.tensor([math.log(4), math.log(4 / 3)])
+    )
+
+
+def test_top_k_distillation_of_known_tokens() -> None:
+    """Of three tokens the teacher names two, at 1/8 and 3/8: renormalized 1/4 and 3/4 against the student's 1/2 and 1/2."""
+    hidden, vocabulary = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[2.0, 0.0], [77.0, 1.0], [2.0, 5.0]])
+    loss = losses.top_k(hidden, vocabulary, torch.tensor([[0, 2]]), torch.tensor([[1 / 8, 3 / 8]]).log())
+
+    torch.testing.assert_close(loss, torch.tensor([-math.log(2) / 4 + 3 / 4 * math.log(3 / 2)]))
+    # (1/2 - 1/4) (2, 0) + (1/2 - 3/4) (2, 5)
+    torch.testing.assert_close(gradient(loss, hidden), torch.tensor([[0.0, -1.25]]))
+
+
+def test_top_k_of_all_tokens_is_plain_distillation() -> None:
+    """With k the whole vocabulary, in any order, gathering changes nothing."""
+    hidden, vocabulary = torch.randn(3, 4), torch.randn(5, 4)
+    teacher = torch.randn(3, 5).log_softmax(1)
+    order = torch.stack([torch.randperm(5) for _ in range(3)])
+    found = losses.top_k(hidden, vocabulary, order, teacher.gather(1, order), 2.0)
+
+    torch.testing.assert_close(found, losses.distil(hidden @ vocabulary.T, teacher, 2.0))
+
+
 table = st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=3)
 
 

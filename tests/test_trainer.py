@@ -102,7 +102,9 @@ def test_twenty_kills_end_at_the_undisturbed_bytes(decoder_bundle: Path, tmp_pat
     def start(home: Path) -> subprocess.Popen[str]:
         home.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "tests.killed_trainer", str(decoder_bundle), str(home), str(home / "out")]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         return process

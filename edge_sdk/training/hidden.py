@@ -8,6 +8,7 @@ Skip2-LoRA (arXiv 2410.21073).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import sqlite3
@@ -99,8 +100,9 @@ class HiddenStates:
                     self._stop(f"{path} cannot be used ({error}); hidden states are computed every time")
                     return
                 self._say(f"{path} is damaged ({error}); hidden states are computed anew")
-                for part in (path, *path.parent.glob(path.name + "-*")):
-                    part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    for part in (path, *path.parent.glob(path.name + "-*")):
+                        part.unlink(missing_ok=True)
 
     def _find(self, name: bytes) -> tuple[float, bytes] | None:
         if self._db is None:

@@ -23,9 +23,8 @@ SEQUENCES: list[Ids] = [[i + 1] * (1 + i % 5) for i in range(40)]
 class Trunk:
     """Counts what it computes; states that depend on every token and position."""
 
-    def __init__(self, size: float = 1.0) -> None:
+    def __init__(self) -> None:
         self.read: list[Ids] = []
-        self.size = size
 
     def __call__(self, sequences: Sequence[Ids]) -> list[Array]:
         self.read.extend(sequences)

@@ -12,6 +12,8 @@ from bench.report import show
 BENCHES = {
     "lpfl": "LP-FL against its baselines",
     "lpfl_settings": "how LP-FL's settings were chosen, on validation text",
+    "training": "split training against PEFT and the Trainer: seconds, memory, disk, accuracy",
+    "training_settings": "how the rates of training were chosen, on validation text",
     "engines": "quantized bundles against transformers fp32: agreement, speed, size, swaps",
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,13 @@ from edge_sdk.errors import DataError
 from edge_sdk.tasks import Example, Private
 from edge_sdk.tokens import Ids, PromptEncoder
 from edge_sdk.training.hidden import HiddenStates
-from edge_sdk.training.learner import Learner
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution
 from edge_server.systems import lpfl
 from examples import icwsm
+
+if TYPE_CHECKING:
+    from edge_sdk.training.learner import Learner
 
 Part = Literal["test", "validation"]
 Split = Literal["iid", "by-domain"]
@@ -58,6 +60,8 @@ class Lab:
 
     def full(self) -> tuple[TorchEngine, Learner]:
         """A second copy of the base with every weight trainable; labels with itself."""
+        from edge_sdk.training.learner import Learner
+
         learner = Learner.full(bundles.read(self.folder), self.engine.head, self.engine.encoder)
         return TorchEngine(learner), learner
 
@@ -100,6 +104,8 @@ def lab(slm: str, threads: int = 1) -> Lab:
 
 def learner_of(folder: Path, bundle: bundles.Bundle, engine: Engine, spec: AdapterSpec, threads: int = 1) -> Learner:
     """Split training of all of `spec` on `engine`, which must wear no adapter below it; nothing is cached on disk."""
+    from edge_sdk.training.learner import Learner  # torch comes where it is needed
+
     split = min(slot.layer for slot in spec.slots)
 
     def compute(sequences: Sequence[Ids]) -> list[Array]:

@@ -16,7 +16,6 @@ import logging
 import random
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +38,14 @@ from edge_sdk.training.depth import Limits, choose
 from edge_sdk.transport import Api, Transport
 
 if TYPE_CHECKING:  # they bring torch, which only training needs
+    from edge_sdk.training.hidden import HiddenStates
     from edge_sdk.training.learner import Learner
     from edge_sdk.training.trainer import Trainer
 
 ADAPTER = "adapter.safetensors"
 CHECKPOINT = "training.safetensors"
 HIDDEN = "hidden.sqlite"
+SPEED = "gflops"  # the fact that holds this device's speed, measured once for each training: it may decide how many layers
 DEFAULT_LIMITS, DEFAULT_POLICY = Limits(), Policy()
 FORGOTTEN = ("unknown-device", "wrong-shape")  # refusals of a server that does not know this device's run
 log = logging.getLogger(__name__)
@@ -62,54 +63,67 @@ class Models:
 
     def __init__(self, folder: Path, manifest: Manifest, variant: str, threads: int) -> None:
         self.manifest = manifest
-        self._folder, self._variant, self._threads = folder, variant, threads
-        self.engine = open_engine(folder, manifest.bundle, manifest.task, variant, threads)
+        self._folder, self._threads = folder, threads
+        self._variant = manifest.bundle.variant(variant).name
+        self._engines: dict[str, Engine] = {}
+        self._open(self._variant)
 
-    @cached_property
-    def trunk(self) -> Engine:
-        """The engine that computes the frozen layers: the device's own, where that runs in ONNX Runtime."""
-        name = self.manifest.bundle.trunk(self._variant).name
-        if name == self.manifest.bundle.variant(self._variant).name:
-            return self.engine
-        return open_engine(self._folder, self.manifest.bundle, self.manifest.task, name, self._threads)
+    @property
+    def engine(self) -> Engine:
+        """The device's engine."""
+        return self._open(self._variant)
 
-    def learner(
+    def _open(self, variant: str) -> Engine:
+        if variant not in self._engines:
+            bundle, task = self.manifest.bundle, self.manifest.task
+            self._engines[variant] = open_engine(self._folder, bundle, task, variant, self._threads)
+        return self._engines[variant]
+
+    def rest(self) -> None:
+        """Gives the engines' memory back; they are opened again when they are needed."""
+        while self._engines:
+            self._engines.popitem()[1].close()
+        conditions.trim()
+
+    def states(
         self, part: AdapterSpec, start: Arrays, limits: Limits, cache: Path | None, say: Callable[[str], None]
-    ) -> Learner:
-        """A learner for a part of the adapter, its trunk under the rest of the adapter `start`.
+    ) -> HiddenStates:
+        """What enters the lowest layer of `part`, under the rest of the adapter `start`; computed in ONNX Runtime.
 
         Args:
             cache: file for hidden states; None to compute them every time.
+        """
+        from edge_sdk.training.hidden import HiddenStates
+
+        bundle, spec = self.manifest.bundle, self.manifest.adapter
+        name, split = bundle.trunk(self._variant).name, min(slot.layer for slot in part.slots)
+        lower = below(start, spec, split)
+
+        def compute(sequences: Sequence[Ids]) -> list[Array]:
+            trunk = self._open(name)
+            trunk.set_adapter(lower)
+            return trunk.hidden(sequences, split)
+
+        under = hashlib.sha256(b"" if lower is None else wire.pack_adapter(lower.arrays)).hexdigest()
+        return HiddenStates(compute, f"{bundle.sha256} {name} {split} {under}", cache, int(limits.cache_mb * 1e6), say)
+
+    def learner(self, part: AdapterSpec, states: HiddenStates, limits: Limits) -> Learner:
+        """A torch learner for a part of the adapter, on the hidden states that enter it; gives the engines' memory back.
 
         Raises:
             DataError: the train extra is not installed, or the bundle's files cannot be trained.
         """
         if not can_train():
             raise DataError("training needs torch: pip install 'tandem-edge[train]'")
-        from edge_sdk.training.hidden import HiddenStates
+        bundle, engine = self.manifest.bundle, self.engine
+        head, encoder = None if self.manifest.task.answer_tokens else engine.head, engine.encoder
+        del engine
+        self.rest()
         from edge_sdk.training.learner import Learner
 
-        bundle, spec, trunk = self.manifest.bundle, self.manifest.adapter, self.trunk
-        split = min(slot.layer for slot in part.slots)
-        lower = below(start, spec, split)
-
-        def compute(sequences: Sequence[Ids]) -> list[Array]:
-            trunk.set_adapter(lower)
-            return trunk.hidden(sequences, split)
-
-        under = hashlib.sha256(b"" if lower is None else wire.pack_adapter(lower.arrays)).hexdigest()
-        key = f"{bundle.sha256} {bundle.trunk(self._variant).name} {split} {under}"
-        states = HiddenStates(compute, key, cache, int(limits.cache_mb * 1e6), say)
+        layers = bundle.layers - min(slot.layer for slot in part.slots)
         return Learner.split(
-            self._folder,
-            bundle,
-            None if self.manifest.task.answer_tokens else self.engine.head,
-            self.engine.encoder,
-            part,
-            states,
-            bundle.layers - split,
-            threads=self._threads,
-            micro_batch=limits.micro_batch,
+            self._folder, bundle, head, encoder, part, states, layers, threads=self._threads, micro_batch=limits.micro_batch
         )
 
 
@@ -261,6 +275,7 @@ class Agent:
         """Gets the adapter, works, and puts the result into the outbox; of a finished run only the adapter is kept."""
         start = await self._adapter(work.adapter, work.version)
         if isinstance(work, Finished):
+            self._store.drop_fact(WORK)  # of training that failed: it would bring an older adapter back
             self._say(f"kept version {work.version}")
             return
         models = await self.models()
@@ -272,7 +287,9 @@ class Agent:
             evaluation = Evaluation(self._store.device_id, work.version, count, metrics)
             self._store.post(Parcel(wire.JSON_TYPE, wire.encode(evaluation)))
             return
-        self._store.set_fact(WORK, wire.encode(work).decode())
+        if self._store.fact(WORK) != (body := wire.encode(work).decode()) or self._store.fact(SPEED) is None:
+            self._store.set_fact(SPEED, str(await asyncio.to_thread(conditions.gflops)))
+            self._store.set_fact(WORK, body)
         prepared, learned = await self._train(work, start, private, models)
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
         part = prepared.part
@@ -285,30 +302,34 @@ class Agent:
     async def _train(self, work: Train, start: Arrays, private: Private, models: Models) -> tuple[verbs.Prepared, verbs.Learned]:
         """One training in small steps, each if the device's conditions allow it; resumed where it stopped."""
         manifest = models.manifest
-        chosen = choose(manifest, self._limits, self._variant, await asyncio.to_thread(conditions.gflops))
+        chosen = choose(manifest, self._limits, self._variant, float(str(self._store.fact(SPEED))))
         part = manifest.part(*chosen)
         await self._fetch_training(manifest, part)
         await self._clear()
 
-        def open_trainer() -> tuple[verbs.Prepared, Trainer]:
+        def prepare() -> tuple[verbs.Prepared, HiddenStates]:
+            args = work.version, start, manifest.adapter, private, work.training, work.soft, work.seed, models.engine, part
+            return verbs.prepare(*args), models.states(part, start, self._limits, self._store.home / HIDDEN, self._say)
+
+        def open_trainer() -> Trainer:
+            learner = models.learner(part, states, self._limits)
             from edge_sdk.training.trainer import Trainer
 
-            args = work.version, start, manifest.adapter, private, work.training, work.soft, work.seed, models.engine, part
-            prepared = verbs.prepare(*args)
-            learner = models.learner(part, start, self._limits, self._store.home / HIDDEN, self._say)
-            return prepared, Trainer(learner, prepared.job, self._store.home / CHECKPOINT, say=self._say)
+            return Trainer(learner, prepared.job, self._store.home / CHECKPOINT, say=self._say)
 
-        prepared, trainer = await asyncio.to_thread(open_trainer)
-        try:
-            while True:
-                state = await asyncio.to_thread(trainer.step, self._limits.step_seconds)
-                if not isinstance(state, Progress):
-                    return prepared, prepared.learned(state.arrays, state.loss)
-                where = f"{state.reading} texts to read" if state.reading else f"step {state.step} of {state.steps}"
-                self._say(f"version {work.version}: {where}")
+        prepared, states = await asyncio.to_thread(prepare)
+        try:  # first all that goes through the frozen layers, without torch; then torch, without the engine
+            unread = await asyncio.to_thread(states.missing, [row.ids for row in prepared.job.rows])
+            while unread := await asyncio.to_thread(states.advance, unread, self._limits.step_seconds):
+                self._say(f"version {work.version}: {len(unread)} texts to read")
                 await self._clear()
+            trainer = await asyncio.to_thread(open_trainer)
+            while isinstance(state := await asyncio.to_thread(trainer.step, self._limits.step_seconds), Progress):
+                self._say(f"version {work.version}: step {state.step} of {state.steps}")
+                await self._clear()
+            return prepared, prepared.learned(state.arrays, state.loss)
         finally:
-            trainer.close()
+            states.close()
 
     async def _fetch_training(self, manifest: Manifest, part: AdapterSpec) -> None:
         bundle, held = manifest.bundle, manifest.bundle.layers - min(slot.layer for slot in part.slots)

@@ -211,8 +211,9 @@ def _baseline(args: argparse.Namespace) -> int:
         training = Training(args.steps, args.batch_size, args.learning_rate, dropout=args.dropout)
         start = manifest.adapter.start(args.seed)
         with tempfile.TemporaryDirectory(prefix="edge-baseline-") as folder:
-            learner = models.learner(manifest.adapter, start, Limits(), Path(folder) / HIDDEN, _complain)
-            learned = verbs.train(0, start, manifest.adapter, private, training, None, args.seed, models.engine, learner)
+            prepared = verbs.prepare(0, start, manifest.adapter, private, training, None, args.seed, models.engine)
+            states = models.states(manifest.adapter, start, Limits(), Path(folder) / HIDDEN, _complain)
+            learned = prepared.learned(*models.learner(manifest.adapter, states, Limits()).fit(prepared.job))
         count, metrics = verbs.evaluate(add(start, learned.delta), manifest.adapter, private, models.engine)
         return {"test_examples": count, **metrics}
 

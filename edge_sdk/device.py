@@ -140,8 +140,7 @@ class EdgeDevice:
         if not manifest.task.answer_tokens:
             raise DataError("the answers of this task are its labels: use predict")
         most = min(sampling.max_tokens, manifest.task.answer_tokens)
-        prompt = manifest.task.pattern.replace("{text}", text.strip())
-        return engine.generate(prompt, replace(sampling, max_tokens=most)).strip()
+        return engine.answer(text, replace(sampling, max_tokens=most)).strip()
 
     def _ready(self) -> tuple[Manifest, Engine]:
         """The engine with the newest adapter on."""

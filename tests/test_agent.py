@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,21 +14,27 @@ import pytest
 
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import AdapterSpec
-from edge_sdk.agent import ADAPTER, Agent, bundle_folder, kept_adapter
+from edge_sdk.agent import ADAPTER, CHECKPOINT, HIDDEN, SPEED, Agent, bundle_folder, kept_adapter
+from edge_sdk.eligibility import Conditions, Policy
 from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.files import held
 from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
 from edge_sdk.session import PAUSE_AFTER_FAILED_WORK
 from edge_sdk.softlabels import SoftLabels
-from edge_sdk.store import Parcel, Store
+from edge_sdk.store import WORK, Parcel, Store
 from edge_sdk.testing import ServerSimulator
 from edge_sdk.training.batches import Training
-from edge_sdk.wire import JSON_TYPE, encode, pack_adapter
+from edge_sdk.training.depth import Limits
+from edge_sdk.wire import JSON_TYPE, encode, pack_adapter, unpack, update_shapes
 from tests import factories
 
 
 class Enough(Exception):
     """Ends an agent that would wait for ever."""
+
+
+class PowerCut(BaseException):
+    """Ends an agent at once, as nothing that it catches would."""
 
 
 @dataclass
@@ -47,8 +54,8 @@ class World:
         if len(self.slept) > self.most_sleeps:
             raise Enough
 
-    def agent(self) -> Agent:
-        return Agent(self.store, self.server, self.cache, "device", say=self.lines.append, sleep=self.sleep)
+    def agent(self, **options: Any) -> Agent:
+        return Agent(self.store, self.server, self.cache, "device", say=self.lines.append, sleep=self.sleep, **options)
 
     def said(self, words: str) -> bool:
         return any(words in line for line in self.lines)
@@ -301,3 +308,314 @@ async def test_one_home_has_one_agent(world: World) -> None:
     """A second process on the same home would overwrite the first one's result; it is refused, and told so."""
     with held(world.store.home, "edge-agent"), pytest.raises(SettingsError, match="another edge-agent already uses"):
         await world.agent().run()
+
+
+# Small steps ----------------------------------------------------------------------------------------------------------
+SMALL = Limits(step_seconds=1e-9, micro_batch=1)  # one text at a time
+
+
+def many(store: Store) -> None:
+    """Eighteen labelled texts: more than one chunk of hidden states."""
+    store.set_fact("device", "same")
+    for i, word in enumerate([*factories.GOOD, *factories.BAD, *factories.GOOD]):
+        store.add(f"the {('film', 'phone', 'day')[i // 6]} was {word}", "negative" if i // 6 == 1 else "positive")
+
+
+def cut_at(calls: int, state: Conditions = Conditions()) -> Callable[[], Conditions]:  # noqa: B008  # frozen
+    """Looks at the device as often, and then the power is gone."""
+    left = iter(range(calls - 1))
+
+    def look() -> Conditions:
+        if next(left, None) is None:
+            raise PowerCut
+        return state
+
+    return look
+
+
+def private_work(adapter: str, version: int = 0) -> Train:
+    """Three steps of three texts, without soft labels."""
+    return Train(version, adapter, Training(steps=3, batch_size=3, dropout=0.1), None, seed=1)
+
+
+async def undisturbed(world: World, tmp_path: Path, work: Train, micro_batch: int = 1) -> bytes:
+    """What a device delivers that trains in one long step."""
+    store = Store(tmp_path / "undisturbed")
+    many(store)
+    server = ServerSimulator(world.server.manifest, [work], world.server.blobs)
+    limits = Limits(step_seconds=1000, micro_batch=micro_batch)
+    lines: list[str] = []
+    await Agent(store, server, world.cache, "device", limits=limits, look=Conditions, say=lines.append).run(updates=1)
+    store.close()
+    assert not any("step" in line for line in lines)
+    return server.bodies[0]
+
+
+async def test_small_steps_are_told_and_end_at_the_same_bytes(world: World, tmp_path: Path) -> None:
+    """One text at a time: every stop is one line, and what is sent is what one long step sends."""
+    many(world.store)
+    work = private_work(start(world), 4)
+    world.server.work += [work]
+    await world.agent(limits=SMALL, look=Conditions).run(updates=1)
+    told = [line for line in world.lines if line.startswith("version 4: ") and "trained" not in line]
+
+    assert world.server.bodies == [await undisturbed(world, tmp_path, work)]
+    assert told == [
+        "version 4: 2 texts to read",
+        *(f"version 4: step {step} of 3" for step in (0, 0, 1, 1, 1, 2, 2, 2)),
+    ]
+    assert world.store.fact(WORK) is None
+    assert not (world.store.home / CHECKPOINT).exists()
+
+
+async def test_conditions_are_waited_for_and_said_once(world: World, tmp_path: Path) -> None:
+    """A flat battery, then heat: each is one line however long it lasts, and training goes on from there to the same bytes."""
+    many(world.store)
+    work = private_work(start(world))
+    world.server.work += [work]
+    world.most_sleeps = 99
+    flat, hot, fine = Conditions(battery=0.1, charging=False), Conditions(celsius=95.0), Conditions(battery=0.9, celsius=30.0)
+    states = iter([fine, fine, flat, flat, hot, fine, flat])
+    policy = Policy(wait_seconds=7.0)
+    await world.agent(limits=SMALL, policy=policy, look=lambda: next(states, fine)).run(updates=1)
+    reasons = [line for line in world.lines if line.startswith("not now: ")]
+
+    assert reasons == [
+        "not now: battery at 10%, below 30% and not charging",
+        "not now: 95 degrees, above 80",
+        "not now: battery at 10%, below 30% and not charging",
+    ]
+    assert world.slept == [7.0] * 4
+    assert world.server.bodies == [await undisturbed(world, tmp_path, work)]
+
+
+async def test_while_nothing_may_run_nothing_is_trained(world: World) -> None:
+    """A device that stays hot neither trains nor forgets what it was asked to do."""
+    many(world.store)
+    work = private_work(start(world))
+    world.server.work += [work]
+    with pytest.raises(PowerCut):
+        await world.agent(look=cut_at(4, Conditions(celsius=99.0))).run()
+
+    assert world.slept == [Policy().wait_seconds] * 3
+    assert not (world.store.home / CHECKPOINT).exists()
+    assert world.store.fact(WORK) == encode(work).decode()
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 5, 9])
+async def test_after_a_power_cut_training_ends_without_a_network(world: World, tmp_path: Path, calls: int) -> None:
+    """A new agent finishes what was under way before it asks anything, offline, and later delivers the undisturbed bytes."""
+    many(world.store)
+    work = private_work(start(world), 4)
+    world.server.work += [work]
+    with pytest.raises(PowerCut):
+        await world.agent(limits=SMALL, look=cut_at(calls)).run()
+    assert world.store.pending() is None
+    world.server.offline, before = True, len(world.server.requests)
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent(limits=SMALL, look=Conditions).run()
+
+    assert world.server.requests[before:] == [("POST", "/v1/enroll")]  # to deliver, and in vain
+    parcel = world.store.pending()
+    assert parcel is not None
+    assert world.store.fact(WORK) is None
+    world.server.offline = False
+    await world.agent(limits=SMALL, look=Conditions).run(updates=1)
+
+    assert world.server.bodies == [parcel.body]
+    assert parcel.body == await undisturbed(world, tmp_path, work)
+
+
+async def test_a_cut_at_every_step_ends_at_the_same_bytes(world: World, tmp_path: Path) -> None:
+    """However often the power goes, each life adds one small step, and none is lost."""
+    many(world.store)
+    work = private_work(start(world))
+    world.server.work += [work]
+    lives = 0
+    while not world.server.bodies:
+        lives += 1
+        try:
+            await world.agent(limits=SMALL, look=cut_at(2)).run(updates=1)
+        except PowerCut:
+            assert lives < 20
+
+    assert lives == 10  # reading in two chunks, then nine texts in three steps; each life begins with what the last one left
+    assert world.server.bodies == [await undisturbed(world, tmp_path, work)]
+
+
+@pytest.mark.parametrize("body", [b"", b"this was a file" * 400])
+@pytest.mark.parametrize("name", [HIDDEN, CHECKPOINT])
+async def test_a_corrupt_file_costs_time_only(world: World, tmp_path: Path, name: str, body: bytes) -> None:
+    """Hidden states or a checkpoint that rotted after a power cut are made anew, and the result is the undisturbed one."""
+    many(world.store)
+    work = private_work(start(world))
+    world.server.work += [work]
+    with pytest.raises(PowerCut):
+        await world.agent(limits=SMALL, look=cut_at(6)).run()
+    path = world.store.home / name
+    assert path.stat().st_size > 0
+    path.write_bytes(body)
+    await world.agent(limits=SMALL, look=Conditions).run(updates=1)
+
+    assert world.server.bodies == [await undisturbed(world, tmp_path, work)]
+    assert world.said("damaged") == bool(body or name == CHECKPOINT)  # to SQLite an empty file is an empty database
+
+
+async def test_a_training_that_fails_leaves_all_as_it_was(world: World) -> None:
+    """A loss that is not finite sends nothing, keeps the adapter, drops the checkpoint, and the agent goes on asking."""
+    many(world.store)
+    wild = {name: np.full_like(array, 1e30) for name, array in world.spec.start(0).items()}
+    bad = world.server.keep(pack_adapter(wild))
+    good = start(world)
+    world.server.work += [private_work(bad, 1)]
+    world.most_sleeps = 1
+    with pytest.raises(Enough):
+        await world.agent(limits=SMALL, look=Conditions).run()
+
+    assert world.said("cannot work: the training loss is not finite; lower training.learning_rate")
+    assert world.slept == [PAUSE_AFTER_FAILED_WORK, 1.0]  # it asked again and was told to wait
+    assert world.store.pending() is None
+    assert hashlib.sha256((world.store.home / ADAPTER).read_bytes()).hexdigest() == bad
+    assert not (world.store.home / CHECKPOINT).exists()
+    world.server.work += [Finished(2, good)]
+    world.slept.clear()
+    assert await world.agent(limits=SMALL, look=Conditions).run() == 2
+
+    assert world.server.results == []
+    assert world.store.fact(WORK) is None  # the next life does not go back to version 1
+
+
+# Less of the adapter --------------------------------------------------------------------------------------------------
+def allow_less(world: World, **changes: int) -> None:
+    world.server.manifest = msgspec.structs.replace(world.server.manifest, min_layers=1, **changes)
+
+
+def sent(world: World) -> tuple[Update, dict[str, Any]]:
+    """The last update and its arrays."""
+    update, arrays = unpack(world.server.bodies[-1], update_shapes(world.server.manifest))
+    assert isinstance(update, Update)
+    return update, dict(arrays)
+
+
+async def test_a_device_trains_the_layers_it_can_over_all_the_others_know(world: World) -> None:
+    """With one layer allowed, the update says so and holds that layer alone, trained on what the lower adapter makes of it."""
+    many(world.store)
+    allow_less(world)
+    part, deltas = world.spec.part(1, 2), []
+    for size in (0.0, 3.0):
+        arrays = world.spec.start(0)
+        for slot in world.spec.slots:
+            if slot.layer == 0:
+                arrays[slot.b] += np.float32(size)
+        world.server.work += [private_work(world.server.keep(pack_adapter(arrays)))]
+        await world.agent(limits=Limits(layers=1), look=Conditions).run(updates=1)
+        update, delta = sent(world)
+        assert (update.layers, update.rank) == (1, 2)
+        assert {name: array.shape for name, array in delta.items()} == part.shapes()
+        deltas.append(delta)
+
+    assert {slot.layer for slot in part.slots} == {1}
+    assert any((deltas[0][name] != deltas[1][name]).any() for name in part.shapes())
+    assert world.said("hidden states are computed anew")
+
+
+async def test_a_device_trains_the_components_it_can(world: World) -> None:
+    """With rank one allowed, the update holds the first component of every slot."""
+    many(world.store)
+    allow_less(world, min_rank=1)
+    world.server.work += [private_work(start(world))]
+    await world.agent(limits=Limits(layers=2, rank=1), look=Conditions).run(updates=1)
+    update, delta = sent(world)
+
+    assert (update.layers, update.rank) == (2, 1)
+    assert {name: array.shape for name, array in delta.items()} == world.spec.part(2, 1).shapes()
+
+
+async def test_fewer_layers_than_the_run_allows_are_refused_in_one_line(world: World) -> None:
+    """A device set to less than the run takes says so, and sends nothing."""
+    many(world.store)
+    world.server.work += [private_work(start(world))]
+    with pytest.raises(DataError, match="this run trains 2 to 2 layers"):
+        await world.agent(limits=Limits(layers=1), look=Conditions).run(updates=1)
+    assert world.server.results == []
+
+
+async def test_how_much_is_trained_stays_after_a_power_cut(world: World) -> None:
+    """The speed that decides how many layers fit is measured once for a training, or a slow moment would begin it anew."""
+    many(world.store)
+    allow_less(world)
+    world.server.work += [private_work(start(world))]
+    with pytest.raises(PowerCut):
+        await world.agent(look=cut_at(1)).run()
+    measured = world.store.fact(SPEED)
+    assert measured is not None
+    assert float(measured) > 0.01
+    world.store.set_fact(SPEED, "1e-9")
+    await world.agent(look=Conditions).run(updates=1)
+
+    assert sent(world)[0].layers == 1
+    world.server.work += [private_work(start(world), 1)]
+    await world.agent(look=Conditions).run(updates=1)
+    assert sent(world)[0].layers == 2  # other work, measured again
+
+
+async def test_a_frozen_factor_stays_at_home(world: World) -> None:
+    """FFA-LoRA on a device: A has no gradient while B is trained, and B alone is sent."""
+    many(world.store)
+    free = world.server.manifest
+    spec = AdapterSpec(world.spec.slots, 2, 4.0, freeze_a=True)
+    frozen = msgspec.structs.replace(free, adapter=spec)
+    models = await world.agent().models(training=True)
+    models.manifest = frozen
+    states = models.states(spec, spec.start(0), Limits(), None, world.lines.append)
+    learner = models.learner(spec, states, Limits())
+    assert {name for name, p in learner.parameters.items() if p.requires_grad} == spec.update_shapes().keys()
+    world.server.manifest = frozen
+    world.server.work += [private_work(start(world))]
+    await world.agent(look=Conditions).run(updates=1)
+
+    assert sent(world)[1].keys() == {slot.b for slot in spec.slots}
+
+
+# Another run ----------------------------------------------------------------------------------------------------------
+async def test_another_run_drops_work_and_checkpoint(world: World) -> None:
+    """What was being trained for the old run is not even begun when its manifest is not known any more."""
+    world.store.set_fact("run", "the old one")
+    adapter = start(world)
+    world.store.set_fact(WORK, encode(train(adapter, 5)).decode())
+    (world.store.home / CHECKPOINT).write_bytes(b"of the old run")
+    world.most_sleeps = 0
+    with pytest.raises(Enough):  # the server has no work yet
+        await world.agent().run()
+
+    assert world.store.fact(WORK) is None
+    assert not (world.store.home / CHECKPOINT).exists()
+    assert world.server.results == []
+
+
+async def test_training_of_an_old_run_is_not_delivered_to_the_new_one(world: World) -> None:
+    """Cut in the middle, finished offline at once, and then the server has another run: only the new run's update arrives."""
+    many(world.store)
+    adapter = start(world)
+    world.server.work += [private_work(adapter, 7)]
+    with pytest.raises(PowerCut):
+        await world.agent(limits=SMALL, look=cut_at(4)).run()
+    world.server.manifest = msgspec.structs.replace(world.server.manifest, run="another")
+    world.server.work += [private_work(adapter, 0)]
+    await world.agent(limits=SMALL, look=Conditions).run(updates=1)
+
+    assert [result.version for result in world.server.results] == [0]
+    assert world.said("another run")
+
+
+async def test_work_of_another_version_of_the_program_is_asked_for_anew(world: World) -> None:
+    """A work fact that cannot be read is passed over; the server is asked instead."""
+    many(world.store)
+    adapter = start(world)
+    world.server.work += [Evaluate(0, adapter), Finished(0, adapter)]
+    await world.agent().run()
+    world.store.set_fact(WORK, '{"verb":"train","colour":"blue"}')
+    world.server.work += [Finished(0, adapter)]
+
+    assert await world.agent().run() == 0

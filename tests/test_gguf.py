@@ -114,6 +114,22 @@ def test_it_writes_what_torch_writes(folder: Path, bundle: Bundle) -> None:
     assert engine.generate("the film was", Sampling(max_tokens=8)) == engine.encoder.decode(written)
 
 
+def test_text_answers_agree_with_the_other_runtime(folder: Path, bundle: Bundle) -> None:
+    """Log-probabilities of each answer's tokens are near ONNX Runtime's, and both write from the prompt that is trained on."""
+    task = Task((), "{text} it was", (), max_tokens=8, answer_tokens=4)
+    engine, other = opened(folder, bundle, task), open_engine(folder, bundle, task, "fp32")
+    said = ["great", "very sad story", "so good bad film", "lovely"]
+    for adapter in (None, adapter_of(bundle)):
+        engine.set_adapter(adapter)
+        other.set_adapter(adapter)
+        near(np.concatenate(engine.answer_logprobs(TEXTS, said)), np.concatenate(other.answer_logprobs(TEXTS, said)))
+    long = "the story was so very dull . " * 20
+    prompt = engine.encoder.decode(engine.encoder.prompts([long])[0])
+
+    assert engine.answers(said) == other.answers(said)
+    assert engine.answer(long, Sampling(6)) == engine.generate(prompt, Sampling(6))
+
+
 def test_label_words_of_several_tokens_agree_with_the_other_runtime(folder: Path, bundle: Bundle) -> None:
     """The sum of a word's log-probabilities is the same in both runtimes, also behind a shared beginning."""
     words = (("bad",), ("very good",), ("very so good",))

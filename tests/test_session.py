@@ -143,15 +143,37 @@ def test_a_start_begins_afresh(action: Action, pending: bool) -> None:
     assert session == Session(first)
 
 
+@pytest.mark.parametrize(("pending", "first"), [(False, Do(TRAIN)), (True, Send())])
+def test_a_start_finishes_what_was_being_trained(pending: bool, first: Action) -> None:
+    """Interrupted training goes on before anything is asked; a result that waits goes before that."""
+    session, action = step(Session(Sleep(9.0), after_sleep=AskForWork(), failures=3), Started(pending, TRAIN), 0.5)
+
+    assert action == first
+    assert session == Session(first)
+
+
+@pytest.mark.parametrize("event", [WorkFailed("damaged"), NoAnswer(), Worked()])
+def test_interrupted_training_is_gone_on_with_once(event: Event) -> None:
+    """After a start with work under way, failure leads to asking, success to sending; old work never comes back by itself."""
+    session, action = step(Session(AskForWork()), Started(False, TRAIN), 0.5)
+    session, action = step(session, event, 0.5)
+    if isinstance(event, Worked):
+        assert action == Send()
+    else:
+        assert isinstance(action, Sleep)
+        assert step(session, Woke(), 0.5)[1] == AskForWork()
+
+
 # Rule 1: what waits is delivered before new work is asked for ----------------------------------------------------------
 @given(st.booleans(), st.data())
 def test_no_life_breaks_the_rules(pending: bool, data: st.DataObject) -> None:
     """Any possible sequence of events, restarts included, never raises; and while a result waits, no work is asked for."""
-    session, action = step(Session(AskForWork()), Started(pending), 0.0)
+    works = st.none() | st.just(TRAIN)
+    session, action = step(Session(AskForWork()), Started(pending, data.draw(works)), 0.0)
     assert isinstance(action, Send) == pending
     for _ in range(data.draw(st.integers(0, 30))):
         restart = data.draw(st.integers(0, 9)) == 0 or isinstance(action, Stop)
-        event: Event = Started(pending) if restart else data.draw(answers[type(action)])
+        event: Event = Started(pending, data.draw(works)) if restart else data.draw(answers[type(action)])
         pending = _fills(action, event) or (pending and not _empties(action, event))
         session, action = step(session, event, data.draw(st.floats(0, 1, exclude_max=True)))
 

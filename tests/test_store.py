@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import DataError
-from edge_sdk.store import Parcel, Store
+from edge_sdk.store import WORK, Parcel, Store
 from edge_sdk.tasks import Example, Private, Task
 from tests import strategies  # noqa: F401  # its hypothesis profile
 
@@ -75,6 +76,19 @@ def test_facts_are_replaced(store: Store) -> None:
 
     assert store.fact("version") == "2"
     assert store.fact("other") is None
+
+
+def test_a_dropped_fact_is_no_fact(opened: Callable[[], Store]) -> None:
+    """Dropping takes one fact away for good, leaves the others, and dropping what is not there is no error."""
+    store = opened()
+    store.set_fact("version", "1")
+    store.set_fact("run", "a")
+    store.drop_fact("version")
+    store.drop_fact("version")
+    store.close()
+
+    assert opened().fact("version") is None
+    assert opened().fact("run") == "a"
 
 
 @pytest.mark.parametrize(
@@ -212,6 +226,35 @@ def test_threads_may_share_a_store(store: Store) -> None:
     assert store.counts() == {"labelled": 40, "unlabelled": 0, "held_out": 0}
 
 
+# Answers that are texts -----------------------------------------------------------------------------------------------
+ANSWERS = Task((), "{text}", (), answer_tokens=8)
+
+
+def test_what_was_kept_as_a_label_is_the_answer(store: Store) -> None:
+    """Where answers are texts, any label will do, truths tell nothing, and each text keeps its use."""
+    store.add("2 + 2", "four")
+    store.add("3 + 3")
+    store.add("4 + 4", truth="eight")
+    store.add("5 + 5", "ten, or so", held_out=True)
+
+    assert store.private(ANSWERS) == Private(
+        labelled=(Example("2 + 2", answer="four"),),
+        unlabelled=("3 + 3", "4 + 4"),
+        truths=(None, None),
+        held_out=(Example("5 + 5", answer="ten, or so"),),
+    )
+    with pytest.raises(DataError, match="is not one of this task's"):
+        store.private(TASK)
+
+
+def test_a_new_answer_replaces_the_old(store: Store) -> None:
+    """A text that is answered again has the newer answer, and one."""
+    store.add("2 + 2", "five")
+    store.add("2 + 2", "four")
+
+    assert store.private(ANSWERS).labelled == (Example("2 + 2", answer="four"),)
+
+
 # Outbox ---------------------------------------------------------------------------------------------------------------
 def test_the_outbox_holds_one(store: Store) -> None:
     """A new parcel takes the place of the old one; delivery empties the outbox, also when it is empty."""
@@ -222,6 +265,33 @@ def test_the_outbox_holds_one(store: Store) -> None:
     store.delivered()
 
     assert store.pending() is None
+
+
+def test_a_posted_result_ends_its_work(opened: Callable[[], Store]) -> None:
+    """The result and the end of the work it came of are one transaction; other facts stay, and delivery changes none."""
+    store = opened()
+    store.set_fact(WORK, "training")
+    store.set_fact("version", "3")
+    store.post(Parcel("a", b"result"))
+    again = opened()
+
+    assert (again.fact(WORK), again.fact("version"), again.pending()) == (None, "3", Parcel("a", b"result"))
+    again.set_fact(WORK, "more")
+    again.delivered()
+    assert again.fact(WORK) == "more"
+
+
+def test_a_result_that_cannot_be_posted_leaves_its_work(store: Store) -> None:
+    """Where the database takes no result, nothing is forgotten, and the store goes on."""
+    store.set_fact(WORK, "training")
+    nothing: Any = None  # NOT NULL: refused by SQLite in the middle of the transaction
+    with pytest.raises(sqlite3.IntegrityError):
+        store.post(Parcel("a", nothing))
+
+    assert store.fact(WORK) == "training"
+    assert store.pending() is None
+    store.post(Parcel("a", b"result"))
+    assert store.fact(WORK) is None
 
 
 @pytest.mark.parametrize("body", [b"", b"\0" * 10, bytes(range(256)) * 8000])

@@ -167,3 +167,62 @@ def test_a_prompt_never_outgrows_the_model(tokenizer: Path) -> None:
     assert len(encoder.prompts([long])[0]) == 10
     with pytest.raises(DataError, match="leaves no room"):
         PromptEncoder(tokenizer, [1], [2], 3, task("the {text}", 64))
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+def speaker(tokenizer: Path, pattern: str = "say : {text}", most: int = 4, positions: int = 64) -> PromptEncoder:
+    return PromptEncoder(tokenizer, [ID["[CLS]"]], [], positions, Task((), pattern, (), answer_tokens=most))
+
+
+def test_an_answer_is_its_words_and_the_end(tokenizer: Path) -> None:
+    """Neither prefix nor pattern: the words, whatever space is around them, and the end token where the model has one."""
+    made = speaker(tokenizer)
+
+    assert made.answers(["good film", "  a\n"], 2) == [ids("good film [SEP]"), ids("a [SEP]")]
+    assert made.answers(["good film"], None) == [ids("good film")]
+    assert made.answers([], 2) == []
+
+
+@pytest.mark.parametrize(("most", "end", "expected"), [(3, 2, "a a [SEP]"), (3, None, "a a a"), (1, 2, "[SEP]"), (1, None, "a")])
+def test_a_long_answer_is_cut_and_its_end_is_not(tokenizer: Path, most: int, end: int | None, expected: str) -> None:
+    """An answer has at most `answer_tokens` tokens, the end token among them."""
+    assert speaker(tokenizer, most=most).answers(["a " * 9], end) == [ids(expected)]
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n\t"])
+def test_an_empty_answer_is_refused(tokenizer: Path, answer: str) -> None:
+    """An answer of nothing but space would teach to say nothing; it is an error, not an end token."""
+    with pytest.raises(DataError, match="at least one word"):
+        speaker(tokenizer).answers(["good", answer], 2)
+
+
+def test_a_space_stands_between_pattern_and_answer_once(tmp_path: Path) -> None:
+    """The answer brings its space along, as a word in a sentence has it, unless the pattern has ended in one."""
+    made = Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2}, [], unk_token=None))
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = {
+        pattern: PromptEncoder(tmp_path / "tokenizer.json", [], [], 64, Task((), pattern, (), answer_tokens=4)).answers(
+            ["b"], None
+        )
+        for pattern in ("{text}", "{text}a", "{text} ")
+    }
+
+    assert found == {"{text}": [[2, 1]], "{text}a": [[2, 1]], "{text} ": [[1]]}
+
+
+def test_prompt_and_answer_fit_the_model_together(tokenizer: Path) -> None:
+    """The longest prompt leaves room for the longest answer; where there is none for any text, the task is refused."""
+    made = speaker(tokenizer, most=4, positions=10)
+    (prompt,), (answer,) = made.prompts(["good " * 50]), made.answers(["bad " * 50], 2)
+
+    assert (len(prompt), len(answer)) == (6, 4)
+    with pytest.raises(DataError, match="leaves no room"):
+        speaker(tokenizer, most=7, positions=10)
+
+
+def test_a_task_of_labels_has_no_text_answers(tokenizer: Path) -> None:
+    """Asked for the tokens of an answer, a classification task says that its answers are labels; one text is no list."""
+    with pytest.raises(DataError, match="are its labels"):
+        encoder(tokenizer).answers(["good"], 2)
+    with pytest.raises(DataError, match="list of strings"):
+        speaker(tokenizer).answers("good", 2)

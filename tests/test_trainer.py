@@ -76,6 +76,18 @@ def test_a_checkpoint_of_another_job_is_not_taken_up(bench: Workbench, tmp_path:
     assert same(taken, finish(Trainer(bench.learner, others[change])))
 
 
+def test_a_checkpoint_of_other_micro_batches_is_not_taken_up(decoder_bundle: Path, tmp_path: Path) -> None:
+    """A device told to hold fewer or more texts at a time begins anew: the checkpoint counts micro-batches of another size."""
+    for before, after in ((3, 100), (100, 3)):
+        path = tmp_path / f"{before}.safetensors"
+        kept, other = bench_of(decoder_bundle, micro_batch=before), bench_of(decoder_bundle, micro_batch=after)
+        trainer = Trainer(kept.learner, job_of(kept), path)
+        for _ in range(2):
+            trainer.step(0.0)
+
+        assert same(finish(Trainer(other.learner, job_of(other), path)), finish(Trainer(other.learner, job_of(other))))
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
 def test_a_damaged_checkpoint_is_said_and_left(bench: Workbench, tmp_path: Path, damage: str) -> None:
     """A checkpoint that is cut, changed in one bit, empty or no checkpoint at all: training starts at its beginning."""
@@ -216,10 +228,10 @@ def test_training_lowers_the_loss(kind: str, request: pytest.FixtureRequest) -> 
     bench = bench_of(request.getfixturevalue(f"{kind}_bundle"), layers=2)
     rows = job_of(bench).sources[0].rows
     bench.learner.set(bench.spec.start(1))
-    before = float(bench.learner.losses(rows).mean())
+    before = float(bench.learner.losses(rows).mean().detach())
     bench.learner.fit(Job(bench.spec.start(1), [Source(rows, 12)], Training(60, 12, 0.03, dropout=0.0), 0))
 
-    assert float(bench.learner.losses(rows).mean()) < 0.8 * before
+    assert float(bench.learner.losses(rows).mean().detach()) < 0.8 * before
 
 
 def test_a_frozen_a_stays_as_it_was(decoder_bundle: Path) -> None:

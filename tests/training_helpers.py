@@ -59,9 +59,7 @@ def bench_of(
 
     states = HiddenStates(compute, "tiny", cache)
     head = None if task is not None and task.answer_tokens else engine.head
-    learner = Learner.split(
-        folder, bundle, head, engine.encoder, spec, states, layers, freeze_a=freeze_a, micro_batch=micro_batch
-    )
+    learner = Learner.split(folder, bundle, head, engine.encoder, spec, states, layers, micro_batch=micro_batch)
     torch.set_float32_matmul_precision("highest")
     return Workbench(folder, bundle, engine, spec, learner, read)
 

@@ -113,6 +113,10 @@ class Engine(Scorer, Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Frees the model; the engine cannot be used afterwards."""
+        ...
+
     def logits_of(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """The same for token ids as they stand, complete with pattern, start and end."""
         ...
@@ -127,6 +131,10 @@ class Engine(Scorer, Protocol):
 
     def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # frozen
         """What the model writes after `prompt`, up to its end token. Raises: DataError: an encoder writes nothing."""
+        ...
+
+    def answer(self, text: str, sampling: Sampling = Sampling()) -> str:  # frozen
+        """What the model writes after a text in the task's pattern; the text is cut as in training, the pattern never."""
         ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -187,8 +187,15 @@ class GgufEngine:
     @_alone
     def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
         """What the model writes after `prompt`, up to its end token."""
+        return self._write(self.encoder.plain([prompt])[0], sampling)
+
+    @_alone
+    def answer(self, text: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
+        """What the model writes after a text in the task's pattern, which is read as in training."""
+        return self._write(self.encoder.prompts([text])[0], sampling)
+
+    def _write(self, ids: Ids, sampling: Sampling) -> str:
         rng = np.random.default_rng(sampling.seed)
-        ids = self.encoder.plain([prompt])[0]
         room = min(sampling.max_tokens, self._bundle.positions - len(ids))
         self._fit(self._start + len(ids) + max(room, 0))
         written: Ids = []

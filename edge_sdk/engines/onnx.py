@@ -50,6 +50,10 @@ class OnnxEngine:
         single = bool(task.labels) and all(len(ids) == 1 for ids in self._words)
         self._head = self._make_head() if single else None
 
+    def close(self) -> None:
+        """Frees the model; the engine cannot be used afterwards."""
+        self._session = None
+
     @property
     def head(self) -> Head:
         """Raises: DataError: a label word is more than one token, and so no row of the vocabulary."""
@@ -111,9 +115,16 @@ class OnnxEngine:
     def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
         """What the model writes after `prompt`, up to its end token. Raises: DataError: an encoder writes nothing."""
         self._needs_decoder("generate")
+        return self._write(self.encoder.plain([prompt])[0], sampling)
+
+    def answer(self, text: str, sampling: Sampling = Sampling()) -> str:  # noqa: B008  # frozen
+        """What the model writes after a text in the task's pattern, which is read as in training."""
+        self._needs_decoder("answer")
+        return self._write(self.encoder.prompts([text])[0], sampling)
+
+    def _write(self, ids: Ids, sampling: Sampling) -> str:
         rng = np.random.default_rng(sampling.seed)
         written: Ids = []
-        ids = self.encoder.plain([prompt])[0]
         cache: Feeds = {}
         for _ in range(min(sampling.max_tokens, self._bundle.positions - len(ids))):
             logits, cache = self._step(ids, cache)

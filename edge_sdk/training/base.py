@@ -130,18 +130,12 @@ def load_top(folder: Path, bundle: Bundle, layers: int) -> nn.Module:
         model: Any = auto.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         if bundle.kind == "encoder":
             model.embeddings, model.pooler = _AsItComes(), None
-        state = load_file(folder / FINAL)
-        final = "norm." if state else ""
-        state = {f"{final}{name}": tensor for name, tensor in state.items()}
-        for i in range(layers):
-            for name, tensor in load_file(folder / layer_file(bundle.layers - layers + i)).items():
-                state[f"{_inside(bundle)}.{i}.{name}"] = tensor
-        found = model.load_state_dict(state, strict=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"the layers in {folder} cannot be trained: {str(error).splitlines()[0][:300]}") from error
-    missing = [name for name in found.missing_keys if not name.startswith("embed_tokens.")]
-    if missing or found.unexpected_keys:
-        raise DataError(f"the layers in {folder} do not fit this transformers ({[*missing, *found.unexpected_keys][0]})")
+        for i, layer in enumerate(model.get_submodule(_inside(bundle))):  # one at a time: twice all of them is a lot
+            layer.load_state_dict(load_file(folder / layer_file(bundle.layers - layers + i)))
+        if final := load_file(folder / FINAL):
+            model.norm.load_state_dict(final)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise DataError(f"the layers in {folder} cannot be trained: {' '.join(str(error).split())[:300]}") from error
     module: nn.Module = model
     return module
 

@@ -131,6 +131,11 @@ class Job:
             raise DataError("training needs at least one example; add some with `edge-agent add`")
         object.__setattr__(self, "key", _key(self))
 
+    @property
+    def rows(self) -> Iterator[Row]:
+        """Every example there is, of all sources."""
+        return (row for source in self.sources for row in source.rows)
+
     def steps(self) -> Iterator[list[tuple[Row, float]]]:
         """The rows of each step and their weights in its loss."""
         rng = np.random.default_rng(self.seed)
@@ -203,5 +208,5 @@ def _key(job: Job) -> str:
         for row in source.rows:
             digest.update(f"\n{row.ids} {type(row.target).__name__}".encode())
             for value in vars(row.target).values():
-                digest.update(np.asarray(value).tobytes())
+                digest.update(f" {np.shape(value)} ".encode() + np.asarray(value).tobytes())
     return digest.hexdigest()

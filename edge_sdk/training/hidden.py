@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import math
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,9 +68,19 @@ class HiddenStates:
         absent = [ids for name, ids in distinct.items() if self._find(name) is None]
         return sorted(absent, key=lambda ids: (len(ids), ids))
 
-    def fill(self, missing: Sequence[Ids]) -> None:
-        """Computes and keeps a chunk of what `missing` gave: the same chunks again after a power cut."""
-        self._keep(missing[:CHUNK], self._computed(missing[:CHUNK]))
+    def advance(self, missing: Sequence[Ids], budget: float, clock: Callable[[], float] = time.monotonic) -> list[Ids]:
+        """Computes and keeps what `missing` gave, for about `budget` seconds but at least a chunk; returns what is left.
+
+        Chunks are the same again after a power cut, shortest first.
+        """
+        end, left = clock() + budget, list(missing)
+        while left:
+            chunk, left = left[:CHUNK], left[CHUNK:]
+            self._keep(chunk, self._computed(chunk))
+            left = [] if self._full else left
+            if clock() >= end:
+                break
+        return left
 
     def read(self, sequences: Sequence[Ids]) -> list[States]:
         """The hidden states (tokens, width) of each sequence, as float32, rounded to float16 whether they were on disk or not."""

@@ -76,7 +76,6 @@ class Learner:
         trunk: HiddenStates,
         layers: int,
         *,
-        freeze_a: bool = False,
         threads: int = 1,
         micro_batch: int = MICRO_BATCH,
     ) -> Learner:
@@ -85,9 +84,8 @@ class Learner:
         Args:
             folder: a bundle with the files of `bundle.trains(layers)`, verified.
             head: the engine's class rows; None for a task whose answers are text.
-            spec: slots inside these layers, and the rank.
+            spec: slots inside these layers, the rank, and whether only the B factors are trained (FFA-LoRA).
             trunk: gives what enters the lowest of these layers.
-            freeze_a: only the B factors are trained (FFA-LoRA).
         """
         _prepare(threads)
         model: Any = _with_lora(base.load_top(folder, bundle, layers), spec, lambda m: base.inside(bundle, layers, m))
@@ -112,7 +110,7 @@ class Learner:
             place, _, factor = name.partition(".lora_")
             if factor:
                 slot = names[place]
-                parameter.requires_grad_(not (freeze_a and factor.startswith("A")))
+                parameter.requires_grad_(not (spec.freeze_a and factor.startswith("A")))
                 parameters[slot.a if factor.startswith("A") else slot.b] = parameter
         spared += base.spare(bare) if decoder else []
         vocabulary = base.load_vocabulary(folder) if head is None else None

@@ -36,7 +36,8 @@ class Trainer:
 
     Args:
         learner: its parameters are set to the job's start, or to what the checkpoint holds.
-        checkpoint: a file kept after every step, and taken up if it is of this very job; None keeps nothing.
+        checkpoint: a file kept after every step, and taken up if it is of this very job in micro-batches of this size; None
+            keeps nothing.
         clock: seconds, for the budget.
         say: told in one line when a checkpoint cannot be used.
 
@@ -58,11 +59,12 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self._free.values(), lr=job.training.learning_rate, weight_decay=0.0, foreach=False)
         self._optimizer.zero_grad(set_to_none=True)
         self._step, self._micro, self._losses, self._loss = 0, 0, 0.0, 0.0
+        self._name = f"{job.key} {learner.micro_batch}"  # a position counts micro-batches of this size
         if checkpoint is not None and checkpoint.exists():
             self._resume(checkpoint)
         self._steps = islice(job.steps(), self._step, None)
         self._rows: list[list[tuple[Row, float]]] | None = None  # of the step under way, in micro-batches
-        self._unread = None if learner.trunk is None else learner.trunk.missing([r.ids for s in job.sources for r in s.rows])
+        self._unread = [] if learner.trunk is None else learner.trunk.missing([row.ids for row in job.rows])
 
     def step(self, budget: float) -> Progress | Done:
         """Works for about `budget` seconds, at least one micro-batch or one chunk of texts, and keeps what it reached.
@@ -72,10 +74,9 @@ class Trainer:
             start is untouched; after the first two the checkpoint is gone.
         """
         end = self._clock() + budget
-        while self._unread and self._learner.trunk is not None:
-            self._learner.trunk.fill(self._unread)
-            self._unread = self._learner.trunk.missing(self._unread)
-            if self._clock() >= end:
+        if self._unread and self._learner.trunk is not None:
+            self._unread = self._learner.trunk.advance(self._unread, budget, self._clock)
+            if self._unread or self._clock() >= end:
                 return self._progress()
         while self._step < self._job.training.steps:
             self._micro_step()
@@ -83,11 +84,6 @@ class Trainer:
                 break
         self._keep()
         return self._progress() if self._step < self._job.training.steps else self._done()
-
-    def close(self) -> None:
-        """Lets go of the cache of hidden states; the checkpoint stays."""
-        if self._learner.trunk is not None:
-            self._learner.trunk.close()
 
     def forget(self) -> None:
         """Deletes the checkpoint."""
@@ -131,7 +127,7 @@ class Trainer:
         return self._accumulate(rows[:half]) + self._accumulate(rows[half:])
 
     def _progress(self) -> Progress:
-        return Progress(len(self._unread or ()), self._step, self._job.training.steps)
+        return Progress(len(self._unread), self._step, self._job.training.steps)
 
     def _done(self) -> Done:
         arrays = self._learner.get()
@@ -154,7 +150,7 @@ class Trainer:
                 tensors[f"{moment}:{name}"] = self._optimizer.state[parameter][moment]
         position = {"step": self._step, "micro": self._micro, "loss": self._loss, "losses": self._losses}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        body = save(tensors, {"job": self._job.key, "position": json.dumps(position), "sum": _sum(tensors)})
+        body = save(tensors, {"job": self._name, "position": json.dumps(position), "sum": _sum(tensors)})
         try:
             files.write(self._checkpoint, body)
         except OSError as error:
@@ -165,7 +161,7 @@ class Trainer:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("job") != self._job.key:
+                if metadata.get("job") != self._name:
                     self.forget()
                     return
                 position = json.loads(metadata["position"])

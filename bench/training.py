@@ -148,14 +148,13 @@ def _split(folder: Path, bundle: bundles.Bundle, examples: Sequence[Example], pl
         job = Job(spec.start(plan.seed), [Source(rows, BATCH)], training, plan.seed)
         trainer = Trainer(learner, job, Path(home) / "training.safetensors")
         load = reading - began + time.perf_counter() - read
-        times = [time.perf_counter() - (read - reading)]  # reading belongs to the first pass
-        done = 0
-        while not isinstance(state := trainer.step(0.0), Done):  # the smallest steps there are, each kept on disk
-            if state.step == done + steps:
-                done = state.step
-                times.append(time.perf_counter())
-        times.append(time.perf_counter())
-        return Trained(np.diff(times).tolist(), _peak(), states.size(), load, state.arrays)
+        times, at = [time.perf_counter()], [0]
+        while not isinstance(state := trainer.step(1.0), Done):  # small steps, each kept on disk
+            times.append(time.perf_counter())
+            at.append(state.step)
+        ends = np.interp(np.arange(PASSES + 1) * steps, [*at, steps * PASSES], [*times, time.perf_counter()])
+        ends[0] -= read - reading  # reading belongs to the first pass
+        return Trained(np.diff(ends).tolist(), _peak(), states.size(), load, state.arrays)
 
 
 def _trainer(folder: Path, bundle: bundles.Bundle, examples: Sequence[Example], plan: Plan) -> Trained:
@@ -353,6 +352,6 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     lines = [f"{'met   ' if met else 'MISSED'} {name}: {value:.3g}" for name, value, met in targets]
     bundle = bundles.read(fleet.bundle_of(SLM))
     for k in RATES:
-        c = depth.cost(bundle, "int8", k, BATCH, 49)
+        c = depth.cost(bundle, "int8", k, 8 * 50)
         lines.append(f"arithmetic, k = {k}: {c.memory / 1e6:.0f} MB, {c.operations / 1e6:.0f} M operations a token and pass")
     return [*lines, json.dumps(summary)]

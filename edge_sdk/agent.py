@@ -123,7 +123,7 @@ class Models:
 
         layers = bundle.layers - min(slot.layer for slot in part.slots)
         return Learner.split(
-            self._folder, bundle, head, encoder, part, states, layers, threads=self._threads, micro_batch=limits.micro_batch
+            self._folder, bundle, head, encoder, part, states, layers, threads=self._threads, micro_tokens=limits.micro_tokens
         )
 
 

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         ("memory-mb", limits.memory_mb, "of the whole process; 0 for no limit"),
         ("step-seconds", limits.step_seconds, "length of one small step, after which training is kept on disk"),
         ("cache-mb", limits.cache_mb, "disk for what the frozen layers computed"),
-        ("micro-batch", limits.micro_batch, "texts in memory at a time"),
+        ("micro-tokens", limits.micro_tokens, "tokens in memory at a time"),
     ):
         costs.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)")
     when = run.add_argument_group("when training may run")

@@ -154,6 +154,18 @@ def pad(sequences: Sequence[Ids]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return input_ids, mask
 
 
+def by_tokens(sequences: Sequence[Ids], tokens: int) -> Iterator[list[int]]:
+    """Index batches of sequences of similar length with at most `tokens` tokens, padding counted; a longer one stands alone."""
+    batch: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if batch and (len(batch) + 1) * len(sequences[i]) > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def by_length(sequences: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
     """Index batches of sequences of similar length, so that padding costs little."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))

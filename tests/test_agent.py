@@ -311,7 +311,7 @@ async def test_one_home_has_one_agent(world: World) -> None:
 
 
 # Small steps ----------------------------------------------------------------------------------------------------------
-SMALL = Limits(step_seconds=1e-9, micro_batch=1)  # one text at a time
+SMALL = Limits(step_seconds=1e-9, micro_tokens=1)  # one text at a time
 
 
 def many(store: Store) -> None:
@@ -338,12 +338,12 @@ def private_work(adapter: str, version: int = 0) -> Train:
     return Train(version, adapter, Training(steps=3, batch_size=3, dropout=0.1), None, seed=1)
 
 
-async def undisturbed(world: World, tmp_path: Path, work: Train, micro_batch: int = 1) -> bytes:
+async def undisturbed(world: World, tmp_path: Path, work: Train, micro_tokens: int = 1) -> bytes:
     """What a device delivers that trains in one long step."""
     store = Store(tmp_path / "undisturbed")
     many(store)
     server = ServerSimulator(world.server.manifest, [work], world.server.blobs)
-    limits = Limits(step_seconds=1000, micro_batch=micro_batch)
+    limits = Limits(step_seconds=1000, micro_tokens=micro_tokens)
     lines: list[str] = []
     await Agent(store, server, world.cache, "device", limits=limits, look=Conditions, say=lines.append).run(updates=1)
     store.close()

@@ -44,7 +44,7 @@ def bench_of(
     rank: int = 2,
     task: Task | None = None,
     freeze_a: bool = False,
-    micro_batch: int = 3,
+    micro_tokens: int = 24,
 ) -> Workbench:
     """A learner of the top `layers` layers of a tiny bundle, in exact arithmetic."""
     bundle = bundles.read(folder)
@@ -59,7 +59,7 @@ def bench_of(
 
     states = HiddenStates(compute, "tiny", cache)
     head = None if task is not None and task.answer_tokens else engine.head
-    learner = Learner.split(folder, bundle, head, engine.encoder, spec, states, layers, micro_batch=micro_batch)
+    learner = Learner.split(folder, bundle, head, engine.encoder, spec, states, layers, micro_tokens=micro_tokens)
     torch.set_float32_matmul_precision("highest")
     return Workbench(folder, bundle, engine, spec, learner, read)
 

@@ -268,6 +268,8 @@ def _session(path: Path, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # it would keep what the largest batch took, also after the session is gone
+    options.enable_mem_pattern = False
     options.log_severity_level = 3  # one warning per optional input otherwise
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

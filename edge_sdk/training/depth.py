@@ -14,8 +14,10 @@ from edge_sdk.bundle import Bundle, layer_file
 from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.protocol import Manifest
 
-LIBRARIES = 420_000_000  # bytes of a process that has imported torch, transformers, peft and onnxruntime
-ACTIVATIONS = 34  # floats kept for the backward pass, for each token, layer and unit of width; measured, docs/training.md
+READING = 100_000_000  # bytes of a process that has imported onnxruntime, numpy and the tokenizer, and reads a batch
+LIBRARIES = 400_000_000  # the same with torch, transformers and peft in its place
+ENGINE = 2.3  # bytes of an engine for each byte of its file: weights as they are and as they are multiplied
+ACTIVATIONS = 30  # floats kept for the backward pass, for each token, layer and unit of width
 EFFICIENCY = 0.6  # share of the speed of plain matrix products that a training step reaches
 
 
@@ -28,7 +30,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         memory_mb: of the whole process; 0 for no limit.
         step_seconds: how long one small step may take; training is kept on disk after each.
         cache_mb: disk for hidden states; what does not fit is computed every time.
-        micro_batch: texts in memory at a time.
+        micro_tokens: tokens in memory at a time, with which the gradient of a step is gathered; a longer text stands alone.
     """
 
     layers: int = 0
@@ -36,11 +38,11 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_mb: int = 0
     step_seconds: float = 10.0
     cache_mb: int = 1024
-    micro_batch: int = 8
+    micro_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.rank, self.memory_mb, self.cache_mb) < 0 or not 1 <= self.micro_batch <= 4096:
-            raise SettingsError("layers, rank, memory_mb and cache_mb must not be negative, micro_batch between 1 and 4096")
+        if min(self.layers, self.rank, self.memory_mb, self.cache_mb) < 0 or not 1 <= self.micro_tokens <= 1 << 20:
+            raise SettingsError("layers, rank, memory_mb and cache_mb must not be negative, micro_tokens between 1 and 2^20")
         if not 0 < self.step_seconds < math.inf:
             raise SettingsError("step_seconds must be positive and finite")
 
@@ -62,19 +64,19 @@ class Cost:
     cached: int
 
 
-def cost(bundle: Bundle, variant: str, layers: int, micro_batch: int, tokens: int, answers: bool = False) -> Cost:
+def cost(bundle: Bundle, variant: str, layers: int, tokens: int, answers: bool = False) -> Cost:
     """The arithmetic: 2 operations for each weight forward, 2 more backward, since no frozen weight needs a gradient.
 
     Args:
         variant: of the engine that computes the trunk.
-        tokens: of the longest sequence.
+        tokens: in memory at a time.
     """
     weights = sum(_weights(bundle, i) for i in range(bundle.layers - layers, bundle.layers))
     frozen = sum(_weights(bundle, i) for i in range(bundle.layers - layers))
     vocabulary = bundle.files["vocabulary.safetensors"].size * 2 if answers else 0
-    engine = bundle.files[bundle.trunk(variant).file].size
-    kept = 4 * ACTIVATIONS * bundle.width * layers * micro_batch * tokens
-    return Cost(LIBRARIES + 2 * engine + 4 * weights + vocabulary + kept, 4 * weights, 2 * frozen, 2 * bundle.width)
+    reading = READING + ENGINE * bundle.files[bundle.trunk(variant).file].size  # the engine is gone when torch comes
+    training = LIBRARIES + 4 * weights + vocabulary + 4 * ACTIVATIONS * bundle.width * layers * tokens
+    return Cost(round(max(reading, training)), 4 * weights, 2 * frozen, 2 * bundle.width)
 
 
 def choose(manifest: Manifest, limits: Limits, variant: str, gflops: float) -> tuple[int, int]:
@@ -92,22 +94,23 @@ def choose(manifest: Manifest, limits: Limits, variant: str, gflops: float) -> t
         part = manifest.part(limits.layers, limits.rank)
         _served(manifest, part.depth)
         return part.depth, part.rank
-    tokens = min(task.max_tokens + task.answer_tokens + 16, manifest.bundle.positions)  # 16 for a pattern of usual length
+    longest = min(task.max_tokens + task.answer_tokens + 16, manifest.bundle.positions)  # 16 for a pattern of usual length
+    tokens = max(limits.micro_tokens, longest)
     fewest, rank = manifest.min_layers, manifest.part(0, limits.rank).rank
 
     def taken(layers: int) -> Cost:
         held = _served(manifest, layers)
-        return cost(manifest.bundle, variant, held, limits.micro_batch, tokens, bool(task.answer_tokens))
+        return cost(manifest.bundle, variant, held, tokens, bool(task.answer_tokens))
 
     for layers in range(spec.depth, fewest - 1, -1):
         needs = taken(layers)
-        seconds = needs.operations * tokens * limits.micro_batch / (EFFICIENCY * gflops * 1e9)
+        seconds = needs.operations * tokens / (EFFICIENCY * gflops * 1e9)
         fits = not limits.memory_mb or needs.memory <= limits.memory_mb * 1e6
         if fits and (seconds <= limits.step_seconds or layers == fewest):
             return layers, rank
     raise DataError(
         f"training {fewest} layers, the fewest this run allows, takes about {taken(fewest).memory / 1e6:.0f} MB; this device"
-        f" allows {limits.memory_mb} (--memory-mb). Lower --micro-batch, or take part without training"
+        f" allows {limits.memory_mb} (--memory-mb). Lower --micro-tokens, or take part without training"
     )
 
 

@@ -27,7 +27,7 @@ from edge_sdk.training.batches import Answer, Classes, Done, Guess, Job, Label, 
 from edge_sdk.training.hidden import HiddenStates
 
 States = Callable[[Sequence[Ids], Sequence[int]], tuple[Tensor, Tensor]]
-MICRO_BATCH = 8  # sentences of similar length together: half the padding of one batch
+MICRO_TOKENS = 512  # a batch of sentences; fewer take less memory and more time (docs/training.md)
 
 
 class Learner:
@@ -43,7 +43,7 @@ class Learner:
         encoder: tokenizes texts into the task's prompts.
         vocabulary: output embeddings (V, width), for losses over tokens.
         trunk: where the hidden states of the frozen layers come from, if they are split off.
-        micro_batch: rows in memory at a time; the step's gradient is accumulated.
+        micro_tokens: tokens in memory at a time; the step's gradient is accumulated.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Learner:
         encoder: PromptEncoder,
         vocabulary: Tensor | None = None,
         trunk: HiddenStates | None = None,
-        micro_batch: int = MICRO_BATCH,
+        micro_tokens: int = MICRO_TOKENS,
     ) -> None:
         self.model = model.eval()
         self.parameters = parameters
         self.trunk = trunk
-        self.micro_batch = micro_batch
+        self.micro_tokens = micro_tokens
         self._states, self._kind, self.encoder, self._vocabulary = states, kind, encoder, vocabulary
         self._head = None if head is None else (torch.from_numpy(head.rows), head.scale)
 
@@ -77,7 +77,7 @@ class Learner:
         layers: int,
         *,
         threads: int = 1,
-        micro_batch: int = MICRO_BATCH,
+        micro_tokens: int = MICRO_TOKENS,
     ) -> Learner:
         """The top `layers` layers with LoRA on cached hidden states; all other layers stay in the engine.
 
@@ -114,7 +114,7 @@ class Learner:
                 parameters[slot.a if factor.startswith("A") else slot.b] = parameter
         spared += base.spare(bare) if decoder else []
         vocabulary = base.load_vocabulary(folder) if head is None else None
-        return cls(model, parameters, states, bundle.kind, head, encoder, vocabulary, trunk, micro_batch)
+        return cls(model, parameters, states, bundle.kind, head, encoder, vocabulary, trunk, micro_tokens)
 
     @classmethod
     def whole(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, spec: AdapterSpec, threads: int = 1) -> Learner:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edge_sdk import files
 from edge_sdk.adapters import not_finite
 from edge_sdk.errors import DataError
-from edge_sdk.tokens import by_length
+from edge_sdk.tokens import by_tokens
 from edge_sdk.training.batches import Done, Job, Progress, Row
 from edge_sdk.training.learner import Learner
 
@@ -59,7 +59,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self._free.values(), lr=job.training.learning_rate, weight_decay=0.0, foreach=False)
         self._optimizer.zero_grad(set_to_none=True)
         self._step, self._micro, self._losses, self._loss = 0, 0, 0.0, 0.0
-        self._name = f"{job.key} {learner.micro_batch}"  # a position counts micro-batches of this size
+        self._name = f"{job.key} {learner.micro_tokens}"  # a position counts micro-batches of this size
         if checkpoint is not None and checkpoint.exists():
             self._resume(checkpoint)
         self._steps = islice(job.steps(), self._step, None)
@@ -95,7 +95,7 @@ class Trainer:
         """Adds one micro-batch's gradient; with the last one of a step, moves the weights."""
         if self._rows is None:
             rows = next(self._steps)
-            self._rows = [[rows[i] for i in batch] for batch in by_length([r.ids for r, _ in rows], self._learner.micro_batch)]
+            self._rows = [[rows[i] for i in batch] for batch in by_tokens([r.ids for r, _ in rows], self._learner.micro_tokens)]
         training, place = self._job.training, (self._job.seed, self._step, self._micro)
         seed = int(np.random.SeedSequence(place).generate_state(1)[0])
         with self._learner.training(training.dropout, seed):

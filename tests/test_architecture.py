@@ -26,7 +26,10 @@ FORBIDDEN = {
 PURE = [
     *(
         f"edge_sdk/{name}.py"
-        for name in ("protocol", "wire", "adapters", "tasks", "softlabels", "session", "training/batches", "verbs")
+        for name in (
+            *("protocol", "wire", "adapters", "tasks", "softlabels", "session", "eligibility", "verbs"),
+            *("training/batches", "training/depth"),
+        )
     ),
     *(f"server/edge_server/{name}.py" for name in ("aggregation", "coordinator")),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/systems").glob("*.py"))),

@@ -49,9 +49,7 @@ def test_every_layer_costs() -> None:
     """Memory and operations rise with k, the trunk falls, and answers need the vocabulary."""
     costs = [cost(bundle(), "int8", k, 200) for k in range(1, LAYERS + 1)]
 
-    assert all(
-        a.memory < b.memory and a.operations < b.operations and a.trunk > b.trunk for a, b in zip(costs, costs[1:], strict=False)
-    )
+    assert all(a.memory < b.memory and a.operations < b.operations and a.trunk > b.trunk for a, b in pairwise(costs))
     assert costs[-1].trunk == 0
     assert cost(bundle(), "int8", 3, 200, answers=True).memory == costs[2].memory + 2000
 

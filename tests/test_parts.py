@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,9 +14,11 @@ from edge_sdk.adapters import AdapterSpec, Array, Slot, below, take
 from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.protocol import Manifest, Update
 from edge_server import settings as run_settings
+from edge_server.aggregation import Contribution, products
 from edge_server.settings import AdapterSettings, RunSettings
 from edge_server.systems.lpfl import LpFl
 from tests import factories
+from tests import server_helpers as helpers
 
 SLOTS = tuple(Slot(f"layer.{i}.{name}", 6, 5) for i in (1, 2, 10) for name in ("query", "value"))
 SPEC = AdapterSpec(SLOTS, rank=4, alpha=8.0)
@@ -122,6 +125,29 @@ def test_without_a_choice_only_the_whole_passes() -> None:
     """A run with one depth and one rank takes nothing less."""
     with pytest.raises(WireError, match="trains 10 to 10 layers at rank 4 to 4"):
         wire.unpack(pack(1, 2, SPEC.part(1, 2)), wire.update_shapes(manifest(0, 0)))
+
+
+async def test_devices_of_different_depth_and_rank_make_a_version(tmp_path: Path) -> None:
+    """Over HTTP, with products: a stale update of one layer at rank 1 beside a fresh whole one; each from its own base."""
+    adapter = AdapterSettings(rank=2, alpha=4.0, min_layers=1, min_rank=1)
+    run = RunSettings(factories.ENCODER_TASK, adapter=adapter, lpfl=LpFl(versions=9, buffer_size=1, evaluate_every=0, average="products"))
+    spec = factories.SPEC
+    versions = [spec.start(0)]
+    async with helpers.running(tmp_path, run) as server:
+        await server.enroll("d1", "d2")
+        sent = [("d1", 0, 0, 0), ("d2", 0, 1, 1), ("d1", 2, 2, 2)]
+        for version, (device, base, layers, rank) in enumerate(sent, 1):
+            part = spec.part(layers or 2, rank or 2)
+            delta = arrays(part, version)
+            await server.send(wire.pack(Update(device, base, 5, {}, layers=layers, rank=rank), delta))
+            await server.reaches(version)
+            update = Contribution(delta, 5, version - 1 - base, versions[base])
+            versions.append(products(versions[-1], spec, [update]))
+        body = await (await server.client.get(f"/v1/blobs/{(await server.status()).adapter}")).read()
+
+    found = wire.unpack_adapter(body, spec.shapes())
+    assert all((found[name] == array).all() for name, array in versions[-1].items())
+    assert any((found[name] != array).any() for name, array in versions[0].items())
 
 
 # A run's settings -----------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def depth(self) -> int:
         """How many layers there are from the lowest that has a slot to the highest that has one."""
         layers = [slot.layer for slot in self.slots]
-        return max(layers) - min(layers) + 1
+        return max(layers) - min(layers) + 1 if layers else 0
 
     def part(self, layers: int, rank: int) -> AdapterSpec:
         """The slots of the `layers` highest layers, and the first `rank` components of each, on the same scale.

@@ -19,9 +19,10 @@ PROC = Path("/proc")
 
 def look(sys: Path = SYS, proc: Path = PROC) -> Conditions:
     """What can be read here; on other systems than Linux that is little."""
-    charge = [value / 100 for value in _numbers(sys / "power_supply", "*/capacity")]
-    online = _numbers(sys / "power_supply", "*/online")
-    states = _texts(sys / "power_supply", "*/status")
+    supplies = [folder for folder in sorted(sys.glob("power_supply/*")) if _texts(folder, "scope") != ["Device"]]  # no mouse
+    charge = [value / 100 for folder in supplies for value in _numbers(folder, "capacity")]
+    online = [value for folder in supplies for value in _numbers(folder, "online")]
+    states = [text for folder in supplies for text in _texts(folder, "status")]
     heat = [value / 1000 for value in _numbers(sys / "thermal", "thermal_zone*/temp")]
     load = None
     with contextlib.suppress(OSError):
@@ -40,7 +41,7 @@ def gflops(seconds: float = 0.05) -> float:
     a, b = np.ones((256, 512), np.float32), np.ones((512, 512), np.float32)
     a @ b
     began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+    while not done or time.perf_counter() - began < seconds:  # never 0, which nobody could divide by
         a @ b
         done += 1
     return done * 2 * 256 * 512 * 512 / (time.perf_counter() - began) / 1e9
@@ -57,7 +58,8 @@ def _free(meminfo: Path) -> float | None:
     for text in _texts(meminfo.parent, meminfo.name):
         for line in text.splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) / 1024
+                with contextlib.suppress(ValueError, IndexError):
+                    return int(line.split()[1]) / 1024
     return None
 
 

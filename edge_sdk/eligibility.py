@@ -47,8 +47,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_battery <= 1 or self.max_load < 0 or self.min_free_mb < 0 or math.isnan(self.max_celsius):
-            raise SettingsError("min_battery must be between 0 and 1, max_load and min_free_mb not negative")
+        if not 0 <= self.min_battery <= 1 or not self.max_load >= 0 or not self.min_free_mb >= 0 or math.isnan(self.max_celsius):
+            raise SettingsError("min_battery must be from 0 to 1, max_load and min_free_mb not negative, max_celsius a number")
         if not 0 < self.wait_seconds <= 86_400:
             raise SettingsError("wait_seconds must be between 0 and 86400")
 

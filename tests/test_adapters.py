@@ -92,6 +92,87 @@ def test_the_start_is_seeded() -> None:
     assert (SPEC.start(1)[FIRST.a] != SPEC.start(1)[LAST.a]).any()
 
 
+# Parts ----------------------------------------------------------------------------------------------------------------
+DEEP = AdapterSpec(tuple(Slot(f"layer.{i}.{name}", 5, 3) for i in (2, 3, 4) for name in ("key", "value")), rank=3, alpha=6.0)
+depths, ranks = st.integers(1, 3), st.integers(1, 3)
+
+
+def test_what_is_trained_is_all_or_with_a_frozen_b_alone() -> None:
+    """`update_shapes` is `shapes`, or their B half where A stays at home."""
+    spec = AdapterSpec((Slot("layer.0.query", 6, 4),), rank=2, alpha=8.0)
+    frozen = AdapterSpec(spec.slots, 2, 8.0, freeze_a=True)
+
+    assert spec.update_shapes() == spec.shapes() == frozen.shapes()
+    assert frozen.update_shapes() == {"base_model.model.layer.0.query.lora_B.weight": (4, 2)}
+    assert frozen.part(1, 1).update_shapes() == {"base_model.model.layer.0.query.lora_B.weight": (4, 1)}
+
+
+def test_depth_is_counted_from_the_lowest_layer_with_a_slot() -> None:
+    """Layers 2 to 4 are three; a layer without slots in between counts, a module without a number is one layer, none is none."""
+    assert DEEP.depth == 3
+    assert AdapterSpec((Slot("layer.9.query", 1, 1), Slot("layer.10.query", 1, 1)), 1, 1.0).depth == 2
+    assert AdapterSpec((Slot("layer.1.query", 1, 1), Slot("layer.5.query", 1, 1)), 1, 1.0).depth == 5
+    assert AdapterSpec((Slot("head", 1, 1),), 1, 1.0).depth == 1
+    assert AdapterSpec((), 1, 1.0).depth == 0
+
+
+def test_an_adapter_without_slots_has_no_part() -> None:
+    """A manifest that names no slot is refused in one sentence by a device that would train it."""
+    with pytest.raises(DataError, match="an adapter of 0 layers"):
+        factories.manifest(AdapterSpec((), 2, 4.0)).part(0, 0)
+
+
+@given(depths, ranks, st.data())
+def test_a_part_of_a_part_is_a_part(layers: int, rank: int, data: st.DataObject) -> None:
+    """Parts are nested, and so is what is taken for them; the scale alpha / rank is that of the whole."""
+    fewer, lower = data.draw(st.integers(1, layers)), data.draw(st.integers(1, rank))
+    part, smaller = DEEP.part(layers, rank), DEEP.part(fewer, lower)
+    arrays = DEEP.start(1) | {slot.b: np.full((3, 3), slot.layer, np.float32) for slot in DEEP.slots}
+
+    assert part.part(fewer, lower).slots == smaller.slots
+    assert smaller.scaling == pytest.approx(DEEP.scaling)
+    assert adapters.shapes_of(adapters.take(arrays, part)) == part.shapes()
+    assert strategies.same(adapters.take(adapters.take(arrays, part), smaller), adapters.take(arrays, smaller))
+    assert strategies.same(adapters.take(arrays, DEEP), arrays)
+
+
+@given(st.integers(1, 2))
+def test_a_part_and_what_is_below_it_are_the_whole(layers: int) -> None:
+    """At full rank no slot is in both and none is lost, bit for bit."""
+    arrays = {name: array + np.float32(1) for name, array in DEEP.start(1).items()}
+    part = DEEP.part(layers, 3)
+    lower = adapters.below(arrays, DEEP, min(slot.layer for slot in part.slots))
+
+    assert lower is not None
+    assert not set(lower.spec.slots) & set(part.slots)
+    assert lower.spec.scaling == DEEP.scaling
+    assert strategies.same({**lower.arrays, **adapters.take(arrays, part)}, arrays)
+
+
+@given(depths, ranks, st.integers(0, 2**32))
+def test_adding_a_part_moves_nothing_else(layers: int, rank: int, seed: int) -> None:
+    """The delta of a part lands in its first components; beyond its rank and below its layers every bit stays."""
+    whole, part = DEEP.start(0), DEEP.part(layers, rank)
+    delta = part.start(seed)
+    found = adapters.add(whole, delta)
+
+    assert adapters.shapes_of(found) == DEEP.shapes()
+    for name, array in delta.items():
+        size = tuple(slice(n) for n in array.shape)
+        assert (found[name][size] == whole[name][size] + array).all()
+        beyond = np.ones(whole[name].shape, bool)
+        beyond[size] = False
+        assert (found[name][beyond] == whole[name][beyond]).all()
+    assert all((found[name] == array).all() for name, array in whole.items() if name not in delta)
+
+
+def test_a_mean_of_different_shapes_by_hand() -> None:
+    """(1 * (8) + 3 * (4, 2)) / 4 = (5, 1.5): zero beyond its end; a name of one item alone is that item's."""
+    found = weighted_mean([(one(8), 1.0), (one(4, 2) | {"y": np.full(1, 9, np.float32)}, 3.0)])
+
+    assert (found["x"].tolist(), found["y"].tolist()) == ([5.0, 1.5], [9.0])
+
+
 # Comparing ------------------------------------------------------------------------------------------------------------
 def test_no_difference_is_none() -> None:
     """Equal names and shapes are no mismatch, in any order."""

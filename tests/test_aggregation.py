@@ -126,6 +126,29 @@ def test_the_result_is_float32_and_new() -> None:
     assert all((array == 1).all() for array in old.values())
 
 
+def test_an_array_is_averaged_over_those_who_sent_it() -> None:
+    """Of a device that trained less, what is absent is no vote for zero; what nobody sent keeps its bits."""
+    adapter = {**arrays(1.0, 1.0), "v": np.ones(1, np.float32), "u": np.full(1, 0.1, np.float32)}
+    alone = {**arrays(2.0, 0.0), "v": np.full(1, 7, np.float32)}
+    new = fedbuff(adapter, [Contribution(alone, 1, 0), Contribution(arrays(6.0, 4.0), 3, 0)])
+
+    assert (values(new), new["v"].tolist()) == ([6.0, 4.0], [8.0])  # 1 + (2 + 18) / 4 and 1 + 12 / 4; 1 + 7
+    assert new["u"].tobytes() == adapter["u"].tobytes()
+
+
+def test_a_smaller_rank_counts_as_zero_beyond_it() -> None:
+    """B of rank 1 beside B of rank 2, by hand: the second column is halved, since both devices have a say in it."""
+    adapter = {"b": np.zeros((1, 2), np.float32)}
+    buffer = [
+        Contribution({"b": np.array([[4.0, 6.0]], np.float32)}, 1, 0),
+        Contribution({"b": np.full((1, 1), 2, np.float32)}, 1, 0),
+    ]
+
+    for order in (buffer, buffer[::-1]):
+        assert fedbuff(adapter, order)["b"].tolist() == [[3.0, 3.0]]
+    assert fedbuff(adapter, buffer[1:])["b"].tolist() == [[2.0, 0.0]]
+
+
 def test_an_empty_buffer_is_refused() -> None:
     """Nothing cannot be averaged."""
     with pytest.raises(DataError, match="sum to zero"):

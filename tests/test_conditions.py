@@ -60,8 +60,27 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     assert (found.battery, found.celsius) == (None, 30.0)
 
 
+@pytest.mark.parametrize("text", ["", "MemAvailable:", "MemAvailable: lots kB", "MemFree: 2048 kB", "\n\n: :"])
+def test_a_meminfo_without_the_number_tells_nothing(tmp_path: Path, text: str) -> None:
+    """Whatever stands in the file, the memory is unknown then, and training is not ended by it."""
+    put(tmp_path, meminfo=text)
+
+    assert conditions.look(tmp_path, tmp_path).free_mb is None
+
+
+def test_the_battery_of_a_mouse_is_not_the_device_s(tmp_path: Path) -> None:
+    """A peripheral (scope `Device`) that is `online` is no charger, and its charge is nobody's business."""
+    put(tmp_path / "power_supply", mouse__scope="Device", mouse__capacity="5", mouse__online="1", mouse__status="Full")
+    assert conditions.look(tmp_path, tmp_path).battery is None
+
+    put(tmp_path / "power_supply", BAT0__capacity="40", BAT0__status="Discharging", BAT0__scope="System", AC__online="0")
+    found = conditions.look(tmp_path, tmp_path)
+    assert (found.battery, found.charging) == (0.4, False)
+
+
 def test_speed_is_a_positive_number_and_memory_can_be_trimmed() -> None:
-    """Both work on any machine."""
+    """Both work on any machine, and however busy it is, the speed is never 0, by which a choice would divide."""
     conditions.trim()
 
     assert 0 < conditions.gflops(0.001) < 1e6
+    assert conditions.gflops(0.0) > 0  # however late the first look at the clock

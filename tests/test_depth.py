@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_sdk.adapters import AdapterSpec, Slot
 from edge_sdk.bundle import CONFIG, FINAL, TOKENIZER, VOCABULARY, Bundle, File, Variant, layer_file
@@ -14,7 +16,7 @@ from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.protocol import PROTOCOL, Manifest
 from edge_sdk.training import depth
 from edge_sdk.training.depth import Limits, choose, cost
-from tests import factories
+from tests import factories, strategies  # noqa: F401  # its hypothesis profile
 
 LAYERS, WIDTH, WEIGHTS = 10, 100, 1_000_000
 SLOTS = tuple(Slot(f"model.layers.{i}.self_attn.q_proj", WIDTH, WIDTH) for i in range(LAYERS))
@@ -82,6 +84,45 @@ def test_memory_chooses_the_most_layers_that_fit() -> None:
     between = (cost(bundle(), "int8", 5, 200).memory + cost(bundle(), "int8", 6, 200).memory) / 2e6
 
     assert choose(manifest(), msgspec.structs.replace(limits, memory_mb=round(between)), "", FAST) == (5, 8)
+
+
+@given(st.integers(1, 2000), st.floats(0.1, 1000), st.integers(1, 600), st.integers(1, LAYERS))
+def test_the_choice_is_the_most_that_fits(memory_mb: int, gflops: float, micro: int, fewest: int) -> None:
+    """Whatever the limits: what is chosen fits, one layer more would not, and a refusal means the fewest do not fit."""
+    limits = Limits(memory_mb=memory_mb, micro_tokens=micro)
+    tokens = max(micro, factories.DECODER_TASK.max_tokens + 16)  # the longest text stands alone
+    costs = {k: cost(bundle(), "int8", k, tokens) for k in range(1, LAYERS + 1)}
+    room = {k: c.memory <= memory_mb * 1e6 for k, c in costs.items()}
+    quick = {k: c.operations * tokens / (depth.EFFICIENCY * gflops * 1e9) <= limits.step_seconds for k, c in costs.items()}
+    if not room[fewest]:
+        with pytest.raises(DataError, match="--memory-mb"):
+            choose(manifest(fewest), limits, "", gflops)
+        return
+    k, rank = choose(manifest(fewest), limits, "", gflops)
+
+    assert fewest <= k <= LAYERS
+    assert rank == 8
+    assert room[k]
+    assert quick[k] or k == fewest
+    assert k == LAYERS or not (room[k + 1] and quick[k + 1])
+
+
+def test_a_rank_is_kept_where_the_layers_are_chosen() -> None:
+    """A device may name its rank and leave the layers to its limits; a rank below the run's is refused all the same."""
+    assert choose(manifest(2, 2), Limits(rank=3), "", FAST) == (LAYERS, 3)
+    with pytest.raises(DataError, match="at rank 2 to 8"):
+        choose(manifest(2, 2), Limits(rank=1), "", FAST)
+
+
+def test_longer_texts_leave_room_for_fewer_layers() -> None:
+    """The longest text a task allows stands alone in memory, also where micro-batches are smaller."""
+    found = []
+    for max_tokens in (16, 256, 480):
+        task = msgspec.structs.replace(factories.DECODER_TASK, max_tokens=max_tokens)
+        run = msgspec.structs.replace(manifest(1), task=task)
+        found.append(choose(run, Limits(memory_mb=427, micro_tokens=1), "", FAST)[0])
+
+    assert found == [6, 3, 2]  # 27 MB for k (4 + 0.012 * tokens) MB, of 32, 272 and 496 tokens
 
 
 def test_too_little_memory_says_how_much_it_takes() -> None:

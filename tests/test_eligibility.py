@@ -54,7 +54,11 @@ def test_the_first_reason_is_told_and_the_policy_says_how_long() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"min_battery": 1.1}, {"max_load": -1.0}, {"min_free_mb": -1.0}, {"wait_seconds": 0.0}, {"max_celsius": float("nan")}],
+    [
+        *({"min_battery": 1.1}, {"min_battery": -0.1}, {"max_load": -1.0}, {"min_free_mb": -1.0}, {"wait_seconds": 0.0}),
+        {"wait_seconds": 1e9},
+        *({name: float("nan")} for name in ("min_battery", "max_celsius", "max_load", "min_free_mb", "wait_seconds")),
+    ],
 )
 def test_settings_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
     """Each bound is checked when a policy is made."""

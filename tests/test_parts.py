@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_sdk import wire
 from edge_sdk.adapters import AdapterSpec, Array, Slot, below, take
 from edge_sdk.errors import DataError, SettingsError, WireError
-from edge_sdk.protocol import Manifest, Update
+from edge_sdk.protocol import Manifest, Problem, Update
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, products
 from edge_server.settings import AdapterSettings, RunSettings
@@ -121,6 +123,21 @@ def test_a_part_the_run_forbids_is_refused(layers: int, rank: int, code: str, st
     assert (refused.value.code, refused.value.status) == (code, status)
 
 
+@given(st.integers(-1, 12), st.integers(-1, 6), st.integers(0, 10), st.integers(0, 4))
+def test_a_claim_passes_exactly_where_the_run_allows_it(layers: int, rank: int, min_layers: int, min_rank: int) -> None:
+    """For any claim and any run: within the range the part's own shapes are wanted, outside it is refused by its code."""
+    shapes = wire.update_shapes(manifest(min_layers, min_rank))
+    claimed = (layers or 10, rank or 4)
+    allowed = (min_layers or 10) <= claimed[0] <= 10 and (min_rank or 4) <= claimed[1] <= 4
+    body = pack(layers, rank, SPEC.part(*claimed) if allowed else SPEC)
+    if allowed:
+        assert wire.unpack(body, shapes)[1].keys() == SPEC.part(*claimed).shapes().keys()
+        return
+    with pytest.raises(WireError) as refused:
+        wire.unpack(body, shapes)
+    assert refused.value.code == ("bad-message" if min(layers, rank) < 0 else "wrong-part")
+
+
 def test_without_a_choice_only_the_whole_passes() -> None:
     """A run with one depth and one rank takes nothing less."""
     with pytest.raises(WireError, match="trains 10 to 10 layers at rank 4 to 4"):
@@ -130,7 +147,8 @@ def test_without_a_choice_only_the_whole_passes() -> None:
 async def test_devices_of_different_depth_and_rank_make_a_version(tmp_path: Path) -> None:
     """Over HTTP, with products: a stale update of one layer at rank 1 beside a fresh whole one; each from its own base."""
     adapter = AdapterSettings(rank=2, alpha=4.0, min_layers=1, min_rank=1)
-    run = RunSettings(factories.ENCODER_TASK, adapter=adapter, lpfl=LpFl(versions=9, buffer_size=1, evaluate_every=0, average="products"))
+    system = LpFl(versions=9, buffer_size=1, evaluate_every=0, average="products")
+    run = RunSettings(factories.ENCODER_TASK, adapter=adapter, lpfl=system)
     spec = factories.SPEC
     versions = [spec.start(0)]
     async with helpers.running(tmp_path, run) as server:
@@ -150,11 +168,50 @@ async def test_devices_of_different_depth_and_rank_make_a_version(tmp_path: Path
     assert any((found[name] != array).any() for name, array in versions[0].items())
 
 
+async def test_two_devices_make_the_mean_of_what_their_factors_do(tmp_path: Path) -> None:
+    """Over HTTP, against a dense SVD: one trains all at rank 2, one the top layer at rank 1 with three times the examples."""
+    adapter = AdapterSettings(rank=2, alpha=4.0, min_layers=1, min_rank=1)
+    system = LpFl(buffer_size=2, evaluate_every=0, average="products")
+    spec, sizes = factories.SPEC, ((2, 2, 5), (1, 1, 15))
+    start = spec.start(0)  # B is zero, so BA is what was learned
+    deltas = [arrays(spec.part(layers, rank), layers) for layers, rank, _ in sizes]
+    async with helpers.running(tmp_path, RunSettings(factories.ENCODER_TASK, adapter=adapter, lpfl=system)) as server:
+        await server.enroll("d1", "d2")
+        for device, (layers, rank, examples), delta in zip(("d1", "d2"), sizes, deltas, strict=True):
+            await server.send(wire.pack(Update(device, 0, examples, {}, layers=layers, rank=rank), delta))
+        await server.reaches(1)
+        body = await (await server.client.get(f"/v1/blobs/{(await server.status()).adapter}")).read()
+
+    new = wire.unpack_adapter(body, spec.shapes())
+    low, top = spec.slots
+    trained = [{s: d[s.b] @ (start[s.a][: len(d[s.a])] + d[s.a]) for s in spec.slots if s.a in d} for d in deltas]
+    u, sigma, v = np.linalg.svd((5 * trained[0][top] + 15 * trained[1][top]) / 20)
+    np.testing.assert_allclose(new[top.b] @ new[top.a], (u[:, :2] * sigma[:2]) @ v[:2], atol=1e-4)
+    np.testing.assert_allclose(new[low.b] @ new[low.a], trained[0][low], atol=1e-4)
+
+
+async def test_a_forbidden_part_is_refused_over_http(tmp_path: Path) -> None:
+    """A run of one depth and rank answers a part with 422 and `wrong-part`, and keeps nothing of it."""
+    body = wire.pack(Update("d1", 0, 1, {}, layers=1, rank=1), arrays(factories.SPEC.part(1, 1)))
+    async with helpers.running(tmp_path) as server:
+        await server.enroll("d1")
+        before = helpers.blobs(tmp_path)
+        answer = await server.client.post("/v1/results", data=body, headers={"Content-Type": wire.TENSORS_TYPE})
+        problem = wire.decode(await answer.read(), Problem)
+
+        assert (answer.status, problem.code) == (422, "wrong-part")
+        assert "trains 2 to 2 layers at rank 2 to 2" in problem.detail
+        assert (await server.status()).buffered == 0
+        assert helpers.blobs(tmp_path) == before
+
+
 # A run's settings -----------------------------------------------------------------------------------------------------
 def test_different_ranks_need_a_rule_that_can_average_them() -> None:
     """With factors a smaller rank is refused when the file is read; products and a frozen A take it."""
     with pytest.raises(SettingsError, match="different ranks have no mean"):
         RunSettings(factories.ENCODER_TASK, adapter=AdapterSettings(rank=4, min_rank=2))
+    with pytest.raises(SettingsError, match="would change A"):
+        RunSettings(factories.ENCODER_TASK, adapter=AdapterSettings(freeze_a=True), lpfl=LpFl(average="products"))
     RunSettings(factories.ENCODER_TASK, adapter=AdapterSettings(rank=4, min_rank=4))
     RunSettings(factories.ENCODER_TASK, adapter=AdapterSettings(rank=4, min_rank=2, freeze_a=True))
     RunSettings(factories.ENCODER_TASK, adapter=AdapterSettings(rank=4, min_rank=2), lpfl=LpFl(average="products"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from edge_sdk.adapters import AdapterSpec, Array, Arrays, Slot, add, subtract, take
 from edge_sdk.errors import DataError
 from edge_server.aggregation import Contribution, factors, fedbuff, products
-from tests import strategies  # noqa: F401  # its hypothesis profile
+from tests import strategies
 
 SLOTS = tuple(Slot(f"layer.{i}.query", 12, 10) for i in range(3))
 SPEC = AdapterSpec(SLOTS, rank=4, alpha=8.0)
+ONE = AdapterSpec((Slot("layer.0.query", 1, 1),), 1, 1.0)
 Product = NDArray[np.float64]
 
 
@@ -102,15 +104,68 @@ def test_the_mean_of_factors_is_not_the_mean_of_products() -> None:
     assert float(product(fedbuff(base, buffer), slot)[0, 0]) == pytest.approx(4.0)
 
 
-@given(devices)
-def test_order_does_not_matter(chosen: list[tuple[int, int, int, int]]) -> None:
-    """The same updates in another order make the same products."""
+@given(st.data(), devices)
+def test_order_does_not_matter(data: st.DataObject, chosen: list[tuple[int, int, int, int]]) -> None:
+    """The same updates in any other order make the same products."""
     base = random(SPEC, 1)
     buffer = fleet(base, chosen)
-    new, other = products(base, SPEC, buffer), products(base, SPEC, buffer[::-1])
+    new, other = products(base, SPEC, buffer), products(base, SPEC, data.draw(st.permutations(buffer)))
 
     for slot in SLOTS:
         np.testing.assert_allclose(product(new, slot), product(other, slot), atol=1e-4)
+
+
+def scalar(value: float, examples: int, staleness: int = 0) -> Contribution:
+    """An update of `ONE` that was trained from zero to B = value, A = 1."""
+    (slot,) = ONE.slots
+    base = {slot.a: np.zeros((1, 1), np.float32), slot.b: np.zeros((1, 1), np.float32)}
+    return Contribution(
+        {slot.a: np.ones((1, 1), np.float32), slot.b: np.full((1, 1), value, np.float32)}, examples, staleness, base
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "result"),
+    [
+        ({}, 4.0),  # weights 1 and 4 / 2: 2 + (0 + 2 * 3) / 3
+        ({"exponent": 0.0}, 4.4),  # weights 1 and 4
+        ({"exponent": 1.0}, 3.5),  # weights 1 and 1
+        ({"cap": 1}, 3.0),  # weights 1 and 1 / 2
+        ({"server_lr": 2.0}, 6.0),
+        ({"server_lr": 0.5}, 3.0),
+    ],
+)
+def test_weights_and_step_by_hand(arguments: dict[str, Any], result: float) -> None:
+    """BA = 2 and steps of 0 (one example) and 3 (four, 3 versions old): examples, cap, age and rate count as in FedBuff."""
+    (slot,) = ONE.slots
+    now = {slot.a: np.ones((1, 1), np.float32), slot.b: np.full((1, 1), 2, np.float32)}
+    new = products(now, ONE, [scalar(0, 1), scalar(3, 4, staleness=3)], **arguments)
+
+    assert float(product(new, slot)[0, 0]) == pytest.approx(result, rel=1e-6)
+
+
+def test_an_update_of_b_alone_counts_with_the_a_it_started_from() -> None:
+    """Where A is frozen and stays at home, B_i A of the base is what was trained: the mean is exact, not cut."""
+    base = random(SPEC, 1)
+    whole = [random(SPEC, seed) for seed in (2, 3)]
+    buffer = [
+        Contribution({slot.b: arrays[slot.b] for slot in SLOTS}, n, 0, base) for n, arrays in zip((1, 3), whole, strict=True)
+    ]
+    new = products(base, SPEC, buffer)
+
+    for slot in SLOTS:
+        mean = (whole[0][slot.b] + 3 * whole[1][slot.b]) / 4
+        np.testing.assert_allclose(product(new, slot), (base[slot.b] + mean) @ base[slot.a], atol=1e-4)
+
+
+def test_one_hostile_layer_leaves_the_others_as_they_are_too() -> None:
+    """A version is made whole or not at all: with one layer beyond float32 no layer of it moves."""
+    base = random(SPEC, 1)
+    delta = {name: array * np.float32(1e30 if name in (SLOTS[1].a, SLOTS[1].b) else 1) for name, array in base.items()}
+    with np.errstate(over="ignore"):
+        new = products(base, SPEC, [Contribution(delta, 1, 0, base), trained(base, 2)])
+
+    assert strategies.same(new, base)
 
 
 @pytest.mark.parametrize("rule", ["products", "factors"])

@@ -103,6 +103,11 @@ def test_an_unknown_section_is_named(tmp_path: Path) -> None:
         ("task", "verbalizer", '["poor", "fine"]'),
         ("adapter", "rank", "2.5"),
         ("adapter", "modules", '"query"'),
+        ("adapter", "min_layers", "1.5"),
+        ("adapter", "min_rank", "true"),
+        ("adapter", "freeze_a", "1"),
+        ("lpfl", "average", '"median"'),
+        ("lpfl", "average", "1"),
         ("lpfl", "versions", '"many"'),
         ("lpfl", "buffer_size", "true"),
         ("lpfl", "wait_seconds", "1979-05-27"),
@@ -130,6 +135,9 @@ def test_a_wrong_type_is_named(tmp_path: Path, section: str, key: str, value: st
         ("adapter", "alpha", "nan"),
         ("adapter", "alpha", "inf"),
         ("adapter", "top_layers", "-1"),
+        ("adapter", "min_layers", "-1"),
+        ("adapter", "min_rank", "-1"),
+        ("adapter", "min_rank", "9"),
         ("lpfl", "versions", "0"),
         ("lpfl", "server_lr", "0"),
         ("lpfl", "wait_seconds", "inf"),
@@ -201,6 +209,49 @@ def test_a_manifest_tells_devices_the_run() -> None:
 
     assert (made.protocol, made.system, made.task, made.bundle) == (PROTOCOL, "lpfl", factories.ENCODER_TASK, bundle)
     assert made.adapter == AdapterSpec((DEEP[1], DEEP[4], DEEP[7], DEEP[10]), 3, 6.0)
+
+
+def test_what_devices_may_choose_reaches_them(tmp_path: Path) -> None:
+    """Layers, rank, frozen A and average of a file end up in manifest and system; by default there is no choice."""
+    lines = {"rank": "4", "min_layers": "3", "min_rank": "2", "freeze_a": "true"}
+    loaded = run_settings.load(toml(tmp_path, {"task": TASK, "adapter": lines, "lpfl": {"average": '"products"'}}))
+    made = run_settings.manifest(loaded, factories.bundle(slots=DEEP))
+    plain = run_settings.manifest(RunSettings(factories.ENCODER_TASK), factories.bundle(slots=DEEP))
+
+    assert (made.min_layers, made.min_rank, made.adapter.freeze_a, loaded.lpfl.average) == (3, 2, True, "products")
+    assert (plain.min_layers, plain.min_rank, plain.adapter.freeze_a, LpFl().average) == (0, 0, False, "factors")
+
+
+@pytest.mark.parametrize(
+    "rest", [{"adapter": {"freeze_a": "true"}}, {"lpfl": {"average": '"products"'}}, {"adapter": {"rank": "2"}}]
+)
+def test_a_smaller_rank_needs_what_can_average_it(tmp_path: Path, rest: dict[str, Lines]) -> None:
+    """With factors alone a file with a smaller `min_rank` is refused by name; a frozen A, products or one rank make it good."""
+    bad: dict[str, Lines] = {"task": TASK, "adapter": {"rank": "4", "min_rank": "2"}}
+    with pytest.raises(
+        SettingsError, match=r"run\.toml: .*adapter\.min_rank set lpfl\.average to products, or adapter\.freeze_a"
+    ):
+        run_settings.load(toml(tmp_path, bad))
+
+    good = {**bad, **rest, "adapter": bad["adapter"] | rest.get("adapter", {})}
+    assert run_settings.load(toml(tmp_path, good)).adapter.min_rank == 2
+
+
+def test_fewer_layers_need_no_other_average() -> None:
+    """A layer is averaged over those who trained it, so factors will do; but not more layers than `top_layers` leaves."""
+    adapter = AdapterSettings(top_layers=1, min_layers=1)
+    bundle = factories.bundle(slots=DEEP)
+    assert run_settings.manifest(RunSettings(factories.ENCODER_TASK, adapter=adapter), bundle).min_layers == 1
+
+    with pytest.raises(SettingsError, match="min_layers = 2 is more than the 1 layers"):
+        run_settings.manifest(RunSettings(factories.ENCODER_TASK, adapter=AdapterSettings(top_layers=1, min_layers=2)), bundle)
+
+
+@pytest.mark.parametrize("adapter", [AdapterSettings(), AdapterSettings(modules=("query",), top_layers=1)])
+def test_a_bundle_without_slots_is_refused(adapter: AdapterSettings) -> None:
+    """Where there is nothing to train, the server says so instead of starting a run."""
+    with pytest.raises(SettingsError, match="no layer that can carry an adapter"):
+        run_settings.manifest(RunSettings(factories.ENCODER_TASK, adapter=adapter), factories.bundle(slots=()))
 
 
 def test_no_modules_means_all_of_them() -> None:

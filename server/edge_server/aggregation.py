@@ -101,11 +101,12 @@ def products(
     if not total:
         raise DataError("cannot average: the buffer is empty")
     new = dict(adapter)
-    for slot in spec.slots:
-        if slot.module in total:
-            step = [x * (server_lr / total[slot.module]) for x in left[slot.module]]
-            lefts, rights = np.hstack([adapter[slot.b], *step]), np.vstack([adapter[slot.a], *right[slot.module]])
-            new[slot.b], new[slot.a] = factors(lefts, rights, spec.rank)
+    with np.errstate(over="ignore", invalid="ignore"):  # of hostile updates; the result is looked at
+        for slot in spec.slots:
+            if slot.module in total:
+                step = [x * (server_lr / total[slot.module]) for x in left[slot.module]]
+                lefts, rights = np.hstack([adapter[slot.b], *step]), np.vstack([adapter[slot.a], *right[slot.module]])
+                new[slot.b], new[slot.a] = factors(lefts, rights, spec.rank)
     return dict(adapter) if not_finite(new) else new
 
 

@@ -53,6 +53,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lpfl: LpFl = LpFl()
 
     def __post_init__(self) -> None:
+        if self.adapter.freeze_a and self.lpfl.average == "products":
+            raise SettingsError("with adapter.freeze_a the mean of B is exact already, and products would change A: take factors")
         if 0 < self.adapter.min_rank < self.adapter.rank and self.lpfl.average == "factors" and not self.adapter.freeze_a:
             raise SettingsError(
                 "factors of different ranks have no mean: with adapter.min_rank set lpfl.average to products, or adapter.freeze_a"
@@ -74,6 +76,8 @@ def load(path: Path) -> RunSettings:
 def manifest(settings: RunSettings, bundle: Bundle) -> Manifest:
     """What devices are told. Raises: SettingsError: the adapter's modules or layers are not in the bundle."""
     adapter = settings.adapter
+    if not bundle.slots:
+        raise SettingsError("the bundle has no layer that can carry an adapter")
     spec = AdapterSpec(bundle.pick(adapter.modules, adapter.top_layers), adapter.rank, adapter.alpha, adapter.freeze_a)
     if adapter.min_layers > spec.depth:
         raise SettingsError(f"adapter.min_layers = {adapter.min_layers} is more than the {spec.depth} layers of the adapter")

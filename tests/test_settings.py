@@ -213,13 +213,22 @@ def test_a_manifest_tells_devices_the_run() -> None:
 
 def test_what_devices_may_choose_reaches_them(tmp_path: Path) -> None:
     """Layers, rank, frozen A and average of a file end up in manifest and system; by default there is no choice."""
-    lines = {"rank": "4", "min_layers": "3", "min_rank": "2", "freeze_a": "true"}
-    loaded = run_settings.load(toml(tmp_path, {"task": TASK, "adapter": lines, "lpfl": {"average": '"products"'}}))
-    made = run_settings.manifest(loaded, factories.bundle(slots=DEEP))
-    plain = run_settings.manifest(RunSettings(factories.ENCODER_TASK), factories.bundle(slots=DEEP))
+    lines = {"rank": "4", "min_layers": "3", "min_rank": "2"}
+    averaged = run_settings.load(toml(tmp_path, {"task": TASK, "adapter": lines, "lpfl": {"average": '"products"'}}))
+    frozen = run_settings.load(toml(tmp_path, {"task": TASK, "adapter": {**lines, "freeze_a": "true"}}))
+    plain = RunSettings(factories.ENCODER_TASK)
 
-    assert (made.min_layers, made.min_rank, made.adapter.freeze_a, loaded.lpfl.average) == (3, 2, True, "products")
-    assert (plain.min_layers, plain.min_rank, plain.adapter.freeze_a, LpFl().average) == (0, 0, False, "factors")
+    bundle = factories.bundle(slots=DEEP)
+    made = [run_settings.manifest(settings, bundle) for settings in (averaged, frozen, plain)]
+    assert [(m.min_layers, m.min_rank, m.adapter.freeze_a) for m in made] == [(3, 2, False), (3, 2, True), (0, 0, False)]
+    assert [averaged.lpfl.average, frozen.lpfl.average, plain.lpfl.average] == ["products", "factors", "factors"]
+
+
+def test_products_do_not_go_with_a_frozen_a(tmp_path: Path) -> None:
+    """Averaging products would change the A that every device holds still, so the file is refused."""
+    both: dict[str, Lines] = {"task": TASK, "adapter": {"freeze_a": "true"}, "lpfl": {"average": '"products"'}}
+    with pytest.raises(SettingsError, match="take factors"):
+        run_settings.load(toml(tmp_path, both))
 
 
 @pytest.mark.parametrize(

@@ -289,14 +289,15 @@ def _compared(rows: Sequence[dict[str, Any]], method: str, to: str) -> dict[str,
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The headline is against the stronger baseline; `stock` is against the Trainer as it comes."""
-    tuned = _compared(rows, f"split {HEADLINE}", "trainer_tuned")
+    """Speed and memory against the Trainer as it comes, `tuned` against the tuned one; accuracy against the tuned one in both."""
     stock = _compared(rows, f"split {HEADLINE}", "trainer")
+    tuned = _compared(rows, f"split {HEADLINE}", "trainer_tuned")
     return {
-        **{name: value["mean"] for name, value in tuned.items()},
-        "k": HEADLINE,
+        **{name: value["mean"] for name, value in stock.items()},
+        "accuracy_delta": tuned["accuracy_delta"]["mean"],
         "accuracy_delta_std": tuned["accuracy_delta"]["std"],
-        "stock": {name: value["mean"] for name, value in stock.items()},
+        "k": HEADLINE,
+        "tuned": {name: value["mean"] for name, value in tuned.items()},
         "by_k": {str(k): {n: v["mean"] for n, v in _compared(rows, f"split {k}", "trainer_tuned").items()} for k in RATES},
     }
 
@@ -333,6 +334,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def ratios(summary: dict[str, Any]) -> str:
+    """The headline as the docs say it."""
+
+    def said(found: dict[str, float]) -> str:
+        later, total = found["speedup_later_passes"], found["speedup_total"]
+        return f"later passes {later:.1f} times as fast, all five together {total:.1f} times, peak memory {found['rss_ratio']:.2f}"
+
+    return f"k = {summary['k']}: against the Trainer {said(summary)}; against the tuned one {said(summary['tuned'])}."
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=f"{SLM}, movie sentences, batch {BATCH}, rank {RANK}, {THREADS} threads; mean over seeds")
     for head in HEADS:
@@ -343,13 +354,15 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:
-    targets = (
-        ("later passes at least 4 times as fast", summary["speedup_later_passes"], summary["speedup_later_passes"] >= 4),
-        ("all passes together at least 2.5 times as fast", summary["speedup_total"], summary["speedup_total"] >= 2.5),
-        ("peak memory at most 0.4", summary["rss_ratio"], summary["rss_ratio"] <= 0.4),
-        ("accuracy within 1 point of full depth", 100 * summary["accuracy_delta"], summary["accuracy_delta"] >= -0.01),
-    )
-    lines = [f"{'met   ' if met else 'MISSED'} {name}: {value:.3g}" for name, value, met in targets]
+    lines = []
+    for baseline, found in (("the Trainer", summary), ("the tuned Trainer", summary["tuned"])):
+        targets = (
+            ("later passes at least 4 times as fast", found["speedup_later_passes"], found["speedup_later_passes"] >= 4),
+            ("all passes together at least 2.5 times as fast", found["speedup_total"], found["speedup_total"] >= 2.5),
+            ("peak memory at most 0.4", found["rss_ratio"], found["rss_ratio"] <= 0.4),
+            ("accuracy within 1 point of full depth", 100 * found["accuracy_delta"], found["accuracy_delta"] >= -0.01),
+        )
+        lines += [f"{'met   ' if met else 'MISSED'} {name} ({baseline}): {value:.3g}" for name, value, met in targets]
     bundle = bundles.read(fleet.bundle_of(SLM))
     for k in RATES:
         c = depth.cost(bundle, "int8", k, 8 * 50)

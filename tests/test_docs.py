@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import engines, lpfl
+from bench import engines, lpfl, training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -27,6 +27,15 @@ def test_the_table_of_engines_is_the_committed_result(page: str) -> None:
     rows = json.loads((ROOT / "docs/results/engines.json").read_text())["rows"]
 
     assert engines.markdown(rows) in (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_table_of_training_is_the_committed_result(page: str) -> None:
+    """Every number of the table, and the ratios beside it, come from docs/results/training.json."""
+    result = json.loads((ROOT / "docs/results/training.json").read_text())
+
+    assert training.markdown(result["rows"]) in (ROOT / page).read_text()
+    assert training.ratios(result["summary"]) in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

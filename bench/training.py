@@ -339,7 +339,8 @@ def ratios(summary: dict[str, Any]) -> str:
 
     def said(found: dict[str, float]) -> str:
         later, total = found["speedup_later_passes"], found["speedup_total"]
-        return f"later passes {later:.1f} times as fast, all five together {total:.1f} times, peak memory {found['rss_ratio']:.2f}"
+        rss = found["rss_ratio"]
+        return f"later passes {later:.1f} times as fast, all five together {total:.1f} times, peak memory {rss:.2f}"
 
     return f"k = {summary['k']}: against the Trainer {said(summary)}; against the tuned one {said(summary['tuned'])}."
 

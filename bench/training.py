@@ -39,7 +39,7 @@ from edge_sdk.training.batches import Done, Job, Label, Row, Source, Training
 SLM, THREADS = "smollm2", 2
 PASSES, BATCH, RANK, ALPHA, BUCKET = 5, 8, 8, 16.0, 8
 SENTENCES, TESTS = 64, 400
-RATES = {4: 4e-3, 8: 4e-3, 12: 2e-3, 20: 1e-3, 30: 5e-4}  # by k; chosen in bench/training_settings.py
+RATES = {4: 8e-3, 8: 4e-3, 12: 2e-3, 20: 1e-3, 30: 5e-4}  # by k; chosen in bench/training_settings.py
 TRAINER_RATE = RATES[30]
 HEADLINE = 12  # the fewest layers within half a point of full depth on validation text
 METHODS = ("trainer", "trainer_tuned", *(f"split {k}" for k in RATES))

@@ -15,12 +15,12 @@ from bench.report import Result, spread
 from bench.training import SENTENCES, Plan, measure
 
 GRID = {
-    "split 4": (2e-3, 4e-3),
-    "split 8": (1e-3, 2e-3, 4e-3),
+    "split 4": (2e-3, 4e-3, 8e-3),
+    "split 8": (1e-3, 2e-3, 4e-3, 8e-3),
     "split 10": (2e-3, 3e-3),
     "split 12": (1e-3, 2e-3, 3e-3),
-    "split 20": (1e-3, 2e-3),
-    "split 30": (5e-4, 1e-3, 2e-3),
+    "split 20": (5e-4, 1e-3, 2e-3),
+    "split 30": (2.5e-4, 5e-4, 1e-3, 2e-3),
 }
 
 

@@ -251,7 +251,7 @@ class Agent:
             return session.Rejected(error.code)
         except (SettingsError, MissingRuntime):
             raise
-        except (DataError, AssetError, WireError, OSError, sqlite3.Error) as error:
+        except (DataError, AssetError, WireError, OSError, sqlite3.Error, MemoryError) as error:
             self._say(f"cannot work: {error}")
             return session.WorkFailed(str(error)) if isinstance(action, session.Do) else session.NoAnswer()
         except Exception as error:
@@ -287,9 +287,12 @@ class Agent:
             evaluation = Evaluation(self._store.device_id, work.version, count, metrics)
             self._store.post(Parcel(wire.JSON_TYPE, wire.encode(evaluation)))
             return
-        if self._store.fact(WORK) != (body := wire.encode(work).decode()) or self._store.fact(SPEED) is None:
-            self._store.set_fact(SPEED, str(await asyncio.to_thread(conditions.gflops)))
+        if self._store.fact(WORK) != (body := wire.encode(work).decode()):
+            self._store.drop_fact(SPEED)
             self._store.set_fact(WORK, body)
+        await self._clear()
+        if self._store.fact(SPEED) is None:
+            self._store.set_fact(SPEED, str(await asyncio.to_thread(conditions.gflops, self._threads)))
         prepared, learned = await self._train(work, start, private, models)
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
         part = prepared.part
@@ -305,7 +308,6 @@ class Agent:
         chosen = choose(manifest, self._limits, self._variant, float(str(self._store.fact(SPEED))))
         part = manifest.part(*chosen)
         await self._fetch_training(manifest, part)
-        await self._clear()
 
         def prepare() -> tuple[verbs.Prepared, HiddenStates]:
             args = work.version, start, manifest.adapter, private, work.training, work.soft, work.seed, models.engine, part
@@ -318,11 +320,13 @@ class Agent:
             return Trainer(learner, prepared.job, self._store.home / CHECKPOINT, say=self._say)
 
         prepared, states = await asyncio.to_thread(prepare)
-        try:  # first all that goes through the frozen layers, without torch; then torch, without the engine
+        try:  # a look at the device before each step; first all that goes through the frozen layers, without torch; then torch, without the engine
             unread = await asyncio.to_thread(states.missing, [row.ids for row in prepared.job.rows])
-            while unread := await asyncio.to_thread(states.advance, unread, self._limits.step_seconds):
-                self._say(f"version {work.version}: {len(unread)} texts to read")
+            while unread:
                 await self._clear()
+                if unread := await asyncio.to_thread(states.advance, unread, self._limits.step_seconds):
+                    self._say(f"version {work.version}: {len(unread)} texts to read")
+            await self._clear()
             trainer = await asyncio.to_thread(open_trainer)
             while isinstance(state := await asyncio.to_thread(trainer.step, self._limits.step_seconds), Progress):
                 self._say(f"version {work.version}: step {state.step} of {state.steps}")

@@ -14,7 +14,7 @@ import pytest
 
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import AdapterSpec
-from edge_sdk.agent import ADAPTER, CHECKPOINT, HIDDEN, SPEED, Agent, bundle_folder, kept_adapter
+from edge_sdk.agent import ADAPTER, CHECKPOINT, HIDDEN, SPEED, Agent, Models, bundle_folder, kept_adapter
 from edge_sdk.eligibility import Conditions, Policy
 from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.files import held
@@ -402,7 +402,21 @@ async def test_while_nothing_may_run_nothing_is_trained(world: World) -> None:
     assert world.store.fact(WORK) == encode(work).decode()
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("cool", [1, 2, 3, 4])
+async def test_a_device_is_looked_at_before_every_step(world: World, cool: int) -> None:
+    """One look before the speed is measured, one before each of two chunks is read, one before torch comes: hot then, it waits."""
+    many(world.store)
+    world.server.work += [private_work(start(world))]
+    looks = iter([Conditions()] * cool)
+    with pytest.raises(Enough):
+        await world.agent(limits=SMALL, look=lambda: next(looks, Conditions(celsius=99.0))).run()
+
+    assert (world.store.fact(SPEED) is not None) == (cool >= 1)
+    assert world.said("2 texts to read") == (cool >= 2)
+    assert (world.store.home / CHECKPOINT).exists() == (cool >= 4)
+
+
+@pytest.mark.parametrize("calls", [2, 3, 4, 6, 10])
 async def test_after_a_power_cut_training_ends_without_a_network(world: World, tmp_path: Path, calls: int) -> None:
     """A new agent finishes what was under way before it asks anything, offline, and later delivers the undisturbed bytes."""
     many(world.store)
@@ -436,7 +450,7 @@ async def test_many_cuts_end_at_the_same_bytes(world: World, tmp_path: Path) -> 
     while not world.server.bodies:
         lives += 1
         try:
-            await world.agent(limits=SMALL, look=cut_at(3)).run(updates=1)
+            await world.agent(limits=SMALL, look=cut_at(5)).run(updates=1)
         except PowerCut:
             assert lives < 20
 
@@ -520,6 +534,34 @@ async def test_a_device_trains_the_layers_it_can_over_all_the_others_know(world:
     assert world.said("hidden states are computed anew")
 
 
+def test_hidden_states_of_something_else_are_never_taken(world: World, encoder_bundle: Path) -> None:
+    """Another bundle, variant, split or adapter below the split empties the cache, and the same again does not."""
+    manifest, start_at, (variant,) = world.server.manifest, world.spec.start(0), world.server.manifest.bundle.variants
+    renamed = msgspec.structs.replace(variant, name="other")
+    bundle = msgspec.structs.replace(manifest.bundle, variants=(variant, renamed))
+    changed = msgspec.structs.replace(bundle, sha256="f" * 64)
+    moved = {name: array + 1 for name, array in start_at.items()}
+    top, texts = world.spec.part(1, 2), [[2, 5, 6, 3], [2, 7, 3]]
+    kept = []
+    for described, name, averaged, part, adapter in (
+        (bundle, variant.name, world.spec, top, start_at),
+        (bundle, variant.name, world.spec, top, start_at),
+        (changed, variant.name, world.spec, top, start_at),
+        (changed, "other", world.spec, top, start_at),
+        (changed, "other", world.spec, top, moved),
+        (changed, "other", world.spec, world.spec, moved),
+        (changed, "other", top, top, moved),  # nothing below it either, but another split
+    ):
+        models = Models(encoder_bundle, msgspec.structs.replace(manifest, bundle=described, adapter=averaged), name, 1)
+        states = models.states(part, adapter, Limits(), world.store.home / HIDDEN, world.lines.append)
+        kept.append(len(texts) - len(states.missing(texts)))
+        assert states.advance(states.missing(texts), 1000) == []
+        states.close()
+
+    assert kept == [0, 2, 0, 0, 0, 0, 0]
+    assert world.lines.count("the bundle, the split or the adapter below it changed; hidden states are computed anew") == 5
+
+
 async def test_a_device_trains_the_components_it_can(world: World) -> None:
     """With rank one allowed, the update holds the first component of every slot."""
     many(world.store)
@@ -547,7 +589,7 @@ async def test_how_much_is_trained_stays_after_a_power_cut(world: World) -> None
     allow_less(world)
     world.server.work += [private_work(start(world))]
     with pytest.raises(PowerCut):
-        await world.agent(look=cut_at(1)).run()
+        await world.agent(look=cut_at(2)).run()
     measured = world.store.fact(SPEED)
     assert measured is not None
     assert float(measured) > 0.01

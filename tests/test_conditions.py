@@ -82,5 +82,5 @@ def test_speed_is_a_positive_number_and_memory_can_be_trimmed() -> None:
     """Both work on any machine, and however busy it is, the speed is never 0, by which a choice would divide."""
     conditions.trim()
 
-    assert 0 < conditions.gflops(0.001) < 1e6
-    assert conditions.gflops(0.0) > 0  # however late the first look at the clock
+    assert 0 < conditions.gflops(1, 0.001) < 1e6
+    assert conditions.gflops(1, 0.0, 1) > 0  # however late the first look at the clock

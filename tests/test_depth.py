@@ -25,7 +25,7 @@ FAST = 1e6
 
 def bundle(layers_with_weights: int = LAYERS) -> Bundle:
     names = [CONFIG, FINAL, VOCABULARY, TOKENIZER]
-    files = {name: File("0" * 64, 1000) for name in names} | {"model.int8.onnx": File("0" * 64, 50_000_000)}
+    files = {name: File("0" * 64, 1000) for name in names} | {"model.int8.onnx": File("0" * 64, 1_000_000)}
     files |= {layer_file(i): File("0" * 64, 2 * WEIGHTS) for i in range(LAYERS - layers_with_weights, LAYERS)}
     variant = Variant("int8", "onnxruntime", "1.23", "model.int8.onnx", 1.0, 0.0)
     bare = factories.bundle("decoder", SLOTS)
@@ -53,12 +53,44 @@ def test_every_layer_costs() -> None:
 
     assert all(a.memory < b.memory and a.operations < b.operations and a.trunk > b.trunk for a, b in pairwise(costs))
     assert costs[-1].trunk == 0
-    assert cost(bundle(), "int8", 3, 200, answers=True).memory == costs[2].memory + 2000
+
+
+def test_answers_cost_a_row_of_the_vocabulary_for_each_token() -> None:
+    """50 words of width 100: 5,000 weights in float32, and two rows of 50 floats for each of 200 tokens."""
+    vocabulary = {VOCABULARY: File("0" * 64, 2 * 5_000)}
+    wordy = msgspec.structs.replace(bundle(), files=bundle().files | vocabulary)
+    plain, found = cost(wordy, "int8", 3, 200), cost(wordy, "int8", 3, 200, answers=True)
+
+    assert found.memory == plain.memory + 4 * 5_000 + 2 * 4 * 50 * 200
+    assert found.operations == plain.operations + 4 * 5_000
+
+
+def test_the_engine_counts_where_it_needs_more_than_training() -> None:
+    """Texts are read before layers are trained; a big trunk under one layer is the peak."""
+    big = msgspec.structs.replace(bundle(), files=bundle().files | {"model.int8.onnx": File("0" * 64, 100_000_000)})
+
+    assert cost(big, "int8", 1, 200).memory == depth.LIBRARIES + 230_000_000 + 4 * depth.READING * WIDTH * 512
 
 
 def test_without_a_choice_everything_is_trained() -> None:
-    """A run that allows no choice gets none, however slow and small the device."""
-    assert choose(manifest(min_layers=0), Limits(memory_mb=1, step_seconds=1e-9), "", 1e-9) == (LAYERS, 8)
+    """A run that allows no choice gets none, however slow the device."""
+    assert choose(manifest(min_layers=0), Limits(step_seconds=1e-9), "", 1e-9) == (LAYERS, 8)
+
+
+@pytest.mark.parametrize(("min_layers", "layers"), [(0, 0), (2, 5)])
+def test_memory_holds_where_there_is_no_choice_too(min_layers: int, layers: int) -> None:
+    """A run of fixed depth, and layers named by the device, are refused where they do not fit."""
+    needed = cost(bundle(), "int8", layers or LAYERS, 512).memory
+    limits = Limits(layers=layers, memory_mb=needed // 10**6 + 1)
+
+    assert choose(manifest(min_layers), limits, "", FAST)[0] == (layers or LAYERS)
+    with pytest.raises(DataError, match=r"--memory-mb"):
+        choose(manifest(min_layers), msgspec.structs.replace(limits, memory_mb=limits.memory_mb - 2), "", FAST)
+
+
+def test_layers_without_weights_in_the_bundle_are_passed_over() -> None:
+    """Where the bundle can train four layers, a choice of two to ten is four."""
+    assert choose(manifest(2, layers_with_weights=4), Limits(), "", FAST) == (4, 8)
 
 
 def test_a_device_may_say_how_many() -> None:

@@ -271,6 +271,18 @@ def test_a_steps_loss_is_the_weighted_sum_of_its_sources_means(decoder_bundle: P
     assert soft != pytest.approx(hard, rel=0.01)
 
 
+def test_torch_takes_as_many_threads_as_it_is_given(decoder_bundle: Path) -> None:
+    """A learner for one thread leaves torch with one, whatever it had before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        bench_of(decoder_bundle)
+
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 # What does not fit ----------------------------------------------------------------------------------------------------
 def test_rows_of_another_task_are_refused(decoder_bundle: Path) -> None:
     """A class without class rows, and an answer without a vocabulary, are errors that say what the task is."""

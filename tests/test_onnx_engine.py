@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from edge_export.bundle import Recipe, make
 from edge_sdk import bundle as bundles
@@ -262,6 +264,49 @@ def test_hidden_states_are_what_enters_a_layer(folder: Path, bundle: Bundle, lay
             states = torch_model(bundle)(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer]
 
         np.testing.assert_allclose(hidden, states[0].numpy(), atol=2e-3 * float(states.abs().max()))
+
+
+class Session:
+    """Stands before a session of ONNX Runtime; says how much it was given, or fails as told."""
+
+    def __init__(self, session: Any, error: str = "") -> None:
+        self.session, self.error, self.sizes = session, error, list[tuple[int, int]]()
+
+    def run(self, outputs: Any, feeds: Any, *rest: Any) -> Any:
+        if self.error:
+            raise RuntimeException(self.error)
+        self.sizes.append(feeds["input_ids"].shape)
+        return self.session.run(outputs, feeds, *rest)
+
+
+def test_hidden_states_take_no_more_than_512_tokens_at_a_time(folder: Path, bundle: Bundle) -> None:
+    """Padding counted; many long texts are what each is alone."""
+    engine: Any = open_engine(folder, bundle, variant="fp32")
+    sequences = [[1 + (i + at) % 20 for at in range(20 + i)] for i in range(40)]
+    alone = [engine.hidden([ids], 1)[0] for ids in sequences]
+    engine._session = session = Session(engine._session)
+    for found, expected in zip(engine.hidden(sequences, 1), alone, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+    assert max(count * longest for count, longest in session.sizes) <= 512
+    assert sum(count for count, _ in session.sizes) == len(sequences)
+    assert len(session.sizes) < len(sequences)
+
+
+def test_out_of_memory_is_a_memory_error(folder: Path, bundle: Bundle) -> None:
+    """What ONNX Runtime says in a class of its own is Python's MemoryError wherever it runs; its other errors stay."""
+    engine: Any = open_engine(folder, bundle)
+    calls: list[Callable[[], Any]] = [lambda: engine.hidden([[1]], 1), lambda: engine.logits(["film"])]
+    if bundle.kind == "decoder":
+        calls += [lambda: engine.top_k(["film"], 1), lambda: engine.generate("film")]  # batches, and token by token
+    said = "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running {}"
+    for call in calls:
+        engine._session = Session(None, said.format("Concat node. Name:'' Status Message: std::bad_alloc"))
+        with pytest.raises(MemoryError, match="bad_alloc"):
+            call()
+        engine._session = Session(None, said.format("Concat node. Status Message: shapes"))
+        with pytest.raises(RuntimeException, match="shapes"):
+            call()
 
 
 def test_plain_rotary_attention_is_one_operator_a_layer(folder: Path, bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,22 +43,31 @@ def bench_of(
     layers: int = 1,
     *,
     rank: int = 2,
+    alpha: float = 4.0,
     task: Task | None = None,
     freeze_a: bool = False,
     micro_tokens: int = 24,
+    trunk: float = 1.0,
+    pause: float = 0.0,
 ) -> Workbench:
-    """A learner of the top `layers` layers of a tiny bundle, in exact arithmetic."""
+    """A learner of the top `layers` layers of a tiny bundle, in exact arithmetic.
+
+    Args:
+        trunk: its hidden states are multiplied by this, and its key says so.
+        pause: seconds that the trunk rests after each text.
+    """
     bundle = bundles.read(folder)
     engine = open_engine(folder, bundle, task)
     split = bundle.layers - layers
-    spec = AdapterSpec(tuple(s for s in bundle.slots if s.layer >= split), rank, 2.0 * rank, freeze_a)
+    spec = AdapterSpec(tuple(s for s in bundle.slots if s.layer >= split), rank, alpha, freeze_a)
     read: list[Ids] = []
 
     def compute(sequences: Sequence[Ids]) -> list[Array]:
         read.extend(sequences)
-        return engine.hidden(sequences, split)
+        time.sleep(pause * len(sequences))
+        return [states * np.float32(trunk) for states in engine.hidden(sequences, split)]
 
-    states = HiddenStates(compute, "tiny", cache)
+    states = HiddenStates(compute, f"tiny {trunk}", cache)
     head = None if task is not None and task.answer_tokens else engine.head
     learner = Learner.split(folder, bundle, head, engine.encoder, spec, states, layers, micro_tokens=micro_tokens)
     torch.set_float32_matmul_precision("highest")

@@ -19,9 +19,10 @@ from edge_sdk.bundle import TOKENIZER, Bundle, Variant
 from edge_sdk.engines import Sampling, TopK, sample, wanted
 from edge_sdk.errors import DataError
 from edge_sdk.tasks import Head, Task, log_softmax, softmax
-from edge_sdk.tokens import Ids, PromptEncoder, by_length, pad, readable
+from edge_sdk.tokens import Ids, PromptEncoder, by_length, by_tokens, pad, readable
 
 BATCH = 16
+TOKENS = 512  # whose hidden states are computed at a time, padding counted
 Feeds = dict[str, NDArray[Any]]
 
 
@@ -159,10 +160,15 @@ class OnnxEngine:
         return self._run(sequences, "readout")
 
     def hidden(self, sequences: Sequence[Ids], layer: int) -> list[NDArray[np.float32]]:
-        """What enters a layer for each sequence, (tokens, width); the layers from it on are not computed."""
+        """What enters a layer for each sequence, (tokens, width); the layers from it on are not computed.
+
+        Raises:
+            MemoryError: there is not enough for TOKENS tokens, or for one longer sequence.
+        """
         readable(sequences, self.encoder.vocabulary)
         found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(sequences)
-        for batch, rows in self._batches(sequences, f"hidden.{layer}"):
+        for batch in by_tokens(sequences, TOKENS):
+            (rows,) = self._fetch([f"hidden.{layer}"], self._feeds([sequences[i] for i in batch], {}))
             for i, states in zip(batch, rows, strict=True):
                 found[i] = states[: len(sequences[i])]
         return found
@@ -188,8 +194,17 @@ class OnnxEngine:
         start = start if past else 0
         for batch in by_length(sequences, BATCH):
             feeds = self._feeds([sequences[i][start:] for i in batch], past)
-            (rows,) = self._session.run([output], feeds, self._only)
+            (rows,) = self._fetch([output], feeds)
             yield batch, rows
+
+    def _fetch(self, outputs: list[str], feeds: Feeds) -> list[NDArray[Any]]:
+        """Raises: MemoryError: ONNX Runtime ran out of memory, which it says in an exception of its own."""
+        try:
+            return list(self._session.run(outputs, feeds, self._only))
+        except Exception as error:  # its errors have no root but this one
+            if "std::bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+                raise MemoryError(f"ONNX Runtime: {str(error).splitlines()[0][:200]}") from error
+            raise
 
     def _feeds(self, sequences: Sequence[Ids], past: Feeds) -> Feeds:
         ids, mask = pad(sequences)
@@ -217,7 +232,7 @@ class OnnxEngine:
         """Scores of the next token (1, vocabulary), and the cache after `ids`."""
         names = [name for name, _ in self._caches()]
         outputs = ["logits", *(name.replace("past_key_values.", "present.") for name in names)]
-        logits, *cache = self._session.run(outputs, self._feeds([ids], past), self._only)
+        logits, *cache = self._fetch(outputs, self._feeds([ids], past))
         return logits, dict(zip(names, cache, strict=True))
 
     def _shared_cache(self) -> Feeds:
@@ -239,7 +254,7 @@ class OnnxEngine:
             means = [self._run([self.encoder.description(d) for d in words], "readout").mean(0) for words in task.verbalizer]
             return Head(np.stack([m / np.linalg.norm(m) for m in means]).astype(np.float32), task.scale)
         feeds = self._feeds([[0]], {}) | {"label_ids": np.array([ids[0] for ids in self._words], np.int64)}
-        (rows,) = self._session.run(["rows"], feeds, self._only)
+        (rows,) = self._fetch(["rows"], feeds)
         return Head(np.asarray(rows, np.float32), task.scale)
 
     def _classes(self, prompts: Sequence[Ids], shared: bool) -> NDArray[np.float32]:

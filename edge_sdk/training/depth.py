@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from edge_sdk.bundle import Bundle, layer_file
+from edge_sdk.bundle import VOCABULARY, Bundle, layer_file
 from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.protocol import Manifest
 
-READING = 100_000_000  # bytes of a process that has imported onnxruntime, numpy and the tokenizer, and reads a batch
-LIBRARIES = 560_000_000  # the same with torch, transformers and peft in its place, and what the allocator does not give back
+LIBRARIES = 560_000_000  # bytes of a process that has imported torch, transformers and peft, and what its allocator keeps
 ENGINE = 2.3  # bytes of an engine for each byte of its file: weights as they are and as they are multiplied
+READING, READ = 40, 512  # floats in an engine for each token it reads at a time and unit of width; that many, or one longer text
 ACTIVATIONS = 24  # floats kept for the backward pass, for each token, layer and unit of width
 EFFICIENCY = 0.6  # share of the speed of plain matrix products that a training step reaches
 
@@ -67,49 +67,56 @@ class Cost:
 def cost(bundle: Bundle, variant: str, layers: int, tokens: int, answers: bool = False) -> Cost:
     """The arithmetic: 2 operations for each weight forward, 2 more backward, since no frozen weight needs a gradient.
 
+    Memory is the larger of two phases that follow each other: the engine reads texts (torch stays imported after a device's first
+    training), or torch trains the layers. With answers, every token in memory may be one, and has a row of the vocabulary's size,
+    kept once and needed once more backward.
+
     Args:
         variant: of the engine that computes the trunk.
         tokens: in memory at a time.
     """
     weights = sum(_weights(bundle, i) for i in range(bundle.layers - layers, bundle.layers))
     frozen = sum(_weights(bundle, i) for i in range(bundle.layers - layers))
-    vocabulary = bundle.files["vocabulary.safetensors"].size * 2 if answers else 0
-    reading = READING + ENGINE * bundle.files[bundle.trunk(variant).file].size  # the engine is gone when torch comes
-    training = LIBRARIES + 4 * weights + vocabulary + 4 * ACTIVATIONS * bundle.width * layers * tokens
-    return Cost(round(max(reading, training)), 4 * weights, 2 * frozen, 2 * bundle.width)
+    words = bundle.files[VOCABULARY].size // 2 if answers else 0  # weights of the output embeddings
+    reading = ENGINE * bundle.files[bundle.trunk(variant).file].size + 4 * READING * bundle.width * max(tokens, READ)
+    training = 4 * (weights + words) + 4 * ACTIVATIONS * bundle.width * layers * tokens + 2 * 4 * tokens * words // bundle.width
+    return Cost(round(LIBRARIES + max(reading, training)), 4 * (weights + words), 2 * frozen, 2 * bundle.width)
 
 
 def choose(manifest: Manifest, limits: Limits, variant: str, gflops: float) -> tuple[int, int]:
     """Layers and rank within what the run allows: the most layers that fit the memory, and whose micro-batch fits a step.
 
+    A run without a choice, or a device that names its layers, gets these, if they fit the memory.
+
     Args:
-        gflops: of this device, `conditions.gflops()`.
+        gflops: of this device with the threads it trains with, `conditions.gflops()`.
 
     Raises:
         DataError: the run does not allow the device's own choice, the bundle cannot serve it, or not even the fewest layers fit
             the memory.
     """
-    spec, task = manifest.adapter, manifest.task
-    if limits.layers or not manifest.min_layers:
-        part = manifest.part(limits.layers, limits.rank)
-        _served(manifest, part.depth)
-        return part.depth, part.rank
-    longest = min(task.max_tokens + task.answer_tokens + 16, manifest.bundle.positions)  # 16 for a pattern of usual length
-    tokens = max(limits.micro_tokens, longest)
-    fewest, rank = manifest.min_layers, manifest.part(0, limits.rank).rank
+    spec, task, bundle = manifest.adapter, manifest.task, manifest.bundle
+    named = manifest.part(limits.layers, limits.rank) if limits.layers or not manifest.min_layers else None
+    most, fewest = (named.depth, named.depth) if named else (spec.depth, manifest.min_layers)
+    rank = named.rank if named else manifest.part(0, limits.rank).rank
+    longest = min(task.max_tokens + task.answer_tokens + 16, bundle.positions)  # 16 for a pattern of usual length
+    tokens, answers = max(limits.micro_tokens, longest), bool(task.answer_tokens)
 
-    def taken(layers: int) -> Cost:
-        held = _served(manifest, layers)
-        return cost(manifest.bundle, variant, held, tokens, bool(task.answer_tokens))
+    def held(layers: int) -> int:
+        return bundle.layers - split(manifest, layers)
 
-    for layers in range(spec.depth, fewest - 1, -1):
-        needs = taken(layers)
+    bundle.trains(held(fewest), answers)  # or it cannot be done at all
+    for layers in range(most, fewest - 1, -1):
+        if not all(layer_file(i) in bundle.files for i in range(bundle.layers - held(layers), bundle.layers)):
+            continue
+        needs = cost(bundle, variant, held(layers), tokens, answers)
         seconds = needs.operations * tokens / (EFFICIENCY * gflops * 1e9)
         fits = not limits.memory_mb or needs.memory <= limits.memory_mb * 1e6
         if fits and (seconds <= limits.step_seconds or layers == fewest):
             return layers, rank
+    needed = cost(bundle, variant, held(fewest), tokens, answers).memory / 1e6
     raise DataError(
-        f"training {fewest} layers, the fewest this run allows, takes about {taken(fewest).memory / 1e6:.0f} MB; this device"
+        f"training {fewest} layers, the fewest this run allows, takes about {needed:.0f} MB; this device"
         f" allows {limits.memory_mb} (--memory-mb). Lower --micro-tokens, or take part without training"
     )
 
@@ -117,13 +124,6 @@ def choose(manifest: Manifest, limits: Limits, variant: str, gflops: float) -> t
 def split(manifest: Manifest, layers: int) -> int:
     """The lowest layer that torch holds when the `layers` highest layers of the adapter are trained."""
     return max(slot.layer for slot in manifest.adapter.slots) + 1 - layers
-
-
-def _served(manifest: Manifest, layers: int) -> int:
-    """How many layers torch holds. Raises: DataError: the bundle does not have their weights."""
-    held = manifest.bundle.layers - split(manifest, layers)
-    manifest.bundle.trains(held, bool(manifest.task.answer_tokens))
-    return held
 
 
 def _weights(bundle: Bundle, layer: int) -> int:

@@ -7,11 +7,13 @@ weight of it, for comparisons.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,6 +43,7 @@ class Learner:
         kind: how a sequence is read out: last position (decoder) or normalized mean (encoder).
         head: class rows and scale; None for a task without classes.
         encoder: tokenizes texts into the task's prompts.
+        identity: names all that a gradient depends on, but for the parameters, the rows and `micro_tokens`.
         vocabulary: output embeddings (V, width), for losses over tokens.
         trunk: where the hidden states of the frozen layers come from, if they are split off.
         micro_tokens: tokens in memory at a time; the step's gradient is accumulated.
@@ -54,6 +57,7 @@ class Learner:
         kind: Kind,
         head: Head | None,
         encoder: PromptEncoder,
+        identity: str,
         vocabulary: Tensor | None = None,
         trunk: HiddenStates | None = None,
         micro_tokens: int = MICRO_TOKENS,
@@ -61,6 +65,7 @@ class Learner:
         self.model = model.eval()
         self.parameters = parameters
         self.trunk = trunk
+        self.identity = identity
         self.micro_tokens = micro_tokens
         self._states, self._kind, self.encoder, self._vocabulary = states, kind, encoder, vocabulary
         self._head = None if head is None else (torch.from_numpy(head.rows), head.scale)
@@ -114,7 +119,8 @@ class Learner:
                 parameters[slot.a if factor.startswith("A") else slot.b] = parameter
         spared += base.spare(bare) if decoder else []
         vocabulary = base.load_vocabulary(folder) if head is None else None
-        return cls(model, parameters, states, bundle.kind, head, encoder, vocabulary, trunk, micro_tokens)
+        identity = _identity("split", bundle, head, spec, layers, trunk.key)
+        return cls(model, parameters, states, bundle.kind, head, encoder, identity, vocabulary, trunk, micro_tokens)
 
     @classmethod
     def whole(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, spec: AdapterSpec, threads: int = 1) -> Learner:
@@ -122,7 +128,8 @@ class Learner:
         _prepare(threads)
         model = _with_lora(base.load(bundle), spec, lambda module: module)
         parameters = {_wire_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-        return cls(model, parameters, _whole(model, bundle.kind), bundle.kind, head, encoder)
+        identity = _identity("whole", bundle, head, spec)
+        return cls(model, parameters, _whole(model, bundle.kind), bundle.kind, head, encoder, identity)
 
     @classmethod
     def full(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, threads: int = 1) -> Learner:
@@ -131,7 +138,8 @@ class Learner:
         model = base.load(bundle)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        return cls(model, dict(model.named_parameters()), _whole(model, bundle.kind), bundle.kind, head, encoder)
+        parameters, identity = dict(model.named_parameters()), _identity("full", bundle, head)
+        return cls(model, parameters, _whole(model, bundle.kind), bundle.kind, head, encoder, identity)
 
     def get(self) -> dict[str, Array]:
         """A copy of the arrays as they stand."""
@@ -271,6 +279,16 @@ def _over_classes(scores: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _whole(model: nn.Module, kind: Kind) -> States:
     return lambda sequences, _: base.whole_states(model, kind, sequences)
+
+
+def _identity(
+    way: str, bundle: Bundle, head: Head | None, spec: AdapterSpec | None = None, layers: int = 0, trunk: str = ""
+) -> str:
+    """A digest of what makes a learner: the base, the class rows, what is trained of it and what lies below."""
+    digest = hashlib.sha256(msgspec.json.encode((way, bundle.sha256, spec, layers, trunk)))
+    if head is not None:
+        digest.update(f"\n{head.rows.shape} {head.scale!r} ".encode() + head.rows.tobytes())
+    return digest.hexdigest()
 
 
 def _prepare(threads: int) -> None:

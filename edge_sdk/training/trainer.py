@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -36,8 +36,8 @@ class Trainer:
 
     Args:
         learner: its parameters are set to the job's start, or to what the checkpoint holds.
-        checkpoint: a file kept after every step, and taken up if it is of this very job in micro-batches of this size; None
-            keeps nothing.
+        checkpoint: a file kept after every step, and taken up if it is of this very job and learner, in micro-batches of this
+            size; None keeps nothing.
         clock: seconds, for the budget.
         say: told in one line when a checkpoint cannot be used.
 
@@ -59,11 +59,11 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self._free.values(), lr=job.training.learning_rate, weight_decay=0.0, foreach=False)
         self._optimizer.zero_grad(set_to_none=True)
         self._step, self._micro, self._losses, self._loss = 0, 0, 0.0, 0.0
-        self._name = f"{job.key} {learner.micro_tokens}"  # a position counts micro-batches of this size
+        self._name = f"{job.key} {learner.identity} {learner.micro_tokens}"  # a position counts micro-batches of this size
+        self._steps: Iterator[list[tuple[Row, float]]] = job.steps()
+        self._rows: list[list[tuple[Row, float]]] | None = None  # of the step under way, in micro-batches
         if checkpoint is not None and checkpoint.exists():
             self._resume(checkpoint)
-        self._steps = islice(job.steps(), self._step, None)
-        self._rows: list[list[tuple[Row, float]]] | None = None  # of the step under way, in micro-batches
         self._unread = [] if learner.trunk is None else learner.trunk.missing([row.ids for row in job.rows])
 
     def step(self, budget: float) -> Progress | Done:
@@ -71,7 +71,7 @@ class Trainer:
 
         Raises:
             DataError: the loss or a weight is not finite, memory is short even for one row, or the disk is full. The job's
-            start is untouched; after the first two the checkpoint is gone.
+            start is untouched; the checkpoint is gone if a number was not finite, and stays as it was otherwise.
         """
         end = self._clock() + budget
         if self._unread and self._learner.trunk is not None:
@@ -94,8 +94,7 @@ class Trainer:
     def _micro_step(self) -> None:
         """Adds one micro-batch's gradient; with the last one of a step, moves the weights."""
         if self._rows is None:
-            rows = next(self._steps)
-            self._rows = [[rows[i] for i in batch] for batch in by_tokens([r.ids for r, _ in rows], self._learner.micro_tokens)]
+            self._rows = self._batches(next(self._steps))
         training, place = self._job.training, (self._job.seed, self._step, self._micro)
         seed = int(np.random.SeedSequence(place).generate_state(1)[0])
         with self._learner.training(training.dropout, seed):
@@ -110,6 +109,9 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             self._losses += self._loss
             self._step, self._micro, self._loss, self._rows = self._step + 1, 0, 0.0, None
+
+    def _batches(self, rows: list[tuple[Row, float]]) -> list[list[tuple[Row, float]]]:
+        return [[rows[i] for i in batch] for batch in by_tokens([row.ids for row, _ in rows], self._learner.micro_tokens)]
 
     def _accumulate(self, rows: list[tuple[Row, float]]) -> float:
         """The gradient of a micro-batch; in halves where memory is short."""
@@ -148,27 +150,33 @@ class Trainer:
                 tensors[f"grad:{name}"] = parameter.grad
             for moment in MOMENTS if parameter in self._optimizer.state else ():
                 tensors[f"{moment}:{name}"] = self._optimizer.state[parameter][moment]
-        position = {"step": self._step, "micro": self._micro, "loss": self._loss, "losses": self._losses}
+        place = {"step": self._step, "micro": self._micro, "loss": self._loss, "losses": self._losses}
+        position = json.dumps(place)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        body = save(tensors, {"job": self._name, "position": json.dumps(position), "sum": _sum(tensors)})
+        body = save(tensors, {"job": self._name, "position": position, "sum": _sum(tensors, self._name, position)})
         try:
             files.write(self._checkpoint, body)
         except OSError as error:
             raise DataError(f"training cannot be kept in {self._checkpoint} ({error.strerror}); free some disk") from error
 
     def _resume(self, path: Path) -> None:
-        """Takes up a checkpoint; one of another job, or a damaged one, is deleted."""
+        """Takes up a checkpoint; one of another job or learner, or a damaged one, is said and deleted."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("job") != self._name:
+                if metadata["job"] != self._name:
+                    self._say(f"{path} is of another training; training starts at its beginning")
                     self.forget()
                     return
-                position = json.loads(metadata["position"])
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # it is no dict
-            if _sum(tensors) != metadata["sum"]:
-                raise ValueError("the tensors do not fit their sum")
+            if _sum(tensors, self._name, metadata["position"]) != metadata["sum"]:
+                raise ValueError("the tensors and the position do not fit their sum")
+            position = json.loads(metadata["position"])
             step, micro = int(position["step"]), int(position["micro"])
+            steps = islice(self._job.steps(), step, None)
+            rows = self._batches(next(steps, []))  # of the last step's end: none
+            if step > self._job.training.steps or not 0 <= micro < max(len(rows), 1):
+                raise ValueError("no such position")
             values = {name: tensors[f"value:{name}"] for name in self._free}
             moments = {n: {m: tensors[f"{m}:{n}"] for m in MOMENTS} for n in self._free} if step else {}
             self._losses, self._loss = float(position["losses"]), float(position["loss"])
@@ -176,7 +184,7 @@ class Trainer:
             self._say(f"{path} is damaged ({type(error).__name__}); training starts at its beginning")
             self.forget()
             return
-        self._step, self._micro = step, micro
+        self._step, self._micro, self._steps, self._rows = step, micro, steps, rows
         with torch.no_grad():
             for name, parameter in self._free.items():
                 parameter.copy_(values[name])
@@ -185,10 +193,11 @@ class Trainer:
                     self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments[name]}
 
 
-def _sum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _sum(tensors: dict[str, Tensor], job: str, position: str) -> str:
+    """A checksum of all that a checkpoint says."""
+    digest = hashlib.sha256(f"{job}\n{position}".encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"\n{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 

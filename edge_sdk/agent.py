@@ -320,7 +320,7 @@ class Agent:
             return Trainer(learner, prepared.job, self._store.home / CHECKPOINT, say=self._say)
 
         prepared, states = await asyncio.to_thread(prepare)
-        try:  # a look at the device before each step; first all that goes through the frozen layers, without torch; then torch, without the engine
+        try:  # first what goes through the frozen layers, then torch, without the engine; a look at the device before each step
             unread = await asyncio.to_thread(states.missing, [row.ids for row in prepared.job.rows])
             while unread:
                 await self._clear()

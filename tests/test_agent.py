@@ -404,7 +404,7 @@ async def test_while_nothing_may_run_nothing_is_trained(world: World) -> None:
 
 @pytest.mark.parametrize("cool", [1, 2, 3, 4])
 async def test_a_device_is_looked_at_before_every_step(world: World, cool: int) -> None:
-    """One look before the speed is measured, one before each of two chunks is read, one before torch comes: hot then, it waits."""
+    """Before the speed is measured, before each of two chunks is read, before torch comes: where it is hot then, it waits."""
     many(world.store)
     world.server.work += [private_work(start(world))]
     looks = iter([Conditions()] * cool)

@@ -192,13 +192,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         run_settings.load(tmp_path / "nowhere.toml")
 
 
-@pytest.mark.parametrize(("name", "words"), [("minilm", ("query", "value")), ("smollm2", ("q_proj", "v_proj"))])
-def test_the_examples_load(name: str, words: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("name", "words", "fewest"), [("minilm", ("query", "value"), 0), ("smollm2", ("q_proj", "v_proj"), 12)])
+def test_the_examples_load(name: str, words: tuple[str, str], fewest: int) -> None:
     """The files people copy from are valid, and say what they are meant to say."""
     loaded = run_settings.load(EXAMPLES / f"{name}.toml")
 
     assert loaded.task.labels == ("negative", "positive")
-    assert loaded.adapter == AdapterSettings(rank=8, alpha=16.0, modules=words)
+    assert loaded.adapter == AdapterSettings(rank=8, alpha=16.0, modules=words, min_layers=fewest)
     assert loaded.lpfl.soft is not None
 
 

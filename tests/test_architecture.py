@@ -31,7 +31,8 @@ PURE = [
             *("training/batches", "training/depth"),
         )
     ),
-    *(f"server/edge_server/{name}.py" for name in ("aggregation", "coordinator")),
+    *(f"server/edge_server/{name}.py" for name in ("aggregation", "coordinator", "llm/jobs")),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/knowledge").glob("*.py"))),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/systems").glob("*.py"))),
 ]
 IMPURE = {

@@ -1,0 +1,209 @@
+"""The LLM on a model of a few thousand parameters: the losses by hand, what is frozen, what is learned, what is kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from edge_sdk.engines import Sampling
+from edge_sdk.errors import DataError
+from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
+from edge_server.llm.model import Llm, _contrast, _Frozen
+from tests import factories, tiny
+
+SETTINGS = LlmSettings(layers=2, rank=4, alpha=8.0, threads=1)
+GOOD = Good("the film was", "great and lovely", 1.0)
+PAIRS = (Pair("the film was", "great", "awful"), Pair("the day was", "lovely", "grim"))
+LABELLED = (Labelled("the film was great", (0.1, 0.9)), Labelled("the film was awful", (0.9, 0.1)))
+LEASH = ("the phone was so very good .", "it was a story")
+QUICK = Tuning(steps=30, batch_size=4, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("llm"), "llama")
+
+
+@pytest.fixture
+def llm(folder: Path) -> Llm:
+    return Llm(folder, factories.DECODER_TASK, SETTINGS)
+
+
+def only(**weights: float) -> Tuning:
+    """One loss of the four."""
+    off = {"generation": 0.0, "contrast_weight": 0.0, "task": 0.0, "leash": 0.0}
+    return msgspec.structs.replace(QUICK, **{**off, **weights})
+
+
+def likelihood(llm: Llm, prompt: str, text: str) -> float:
+    """Mean log-probability of a text's tokens."""
+    said = llm._said(prompt, text)
+    ids = torch.tensor([said[0]])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(llm._model(ids).logits[0], dim=1)
+    return float(torch.stack([logprobs[at - 1, said[0][at]] for at in range(said[1], len(said[0]))]).mean())
+
+
+def test_a_fresh_adapter_changes_nothing(llm: Llm) -> None:
+    """Scores with the start adapter are those of the base, and so they are after coming back to it."""
+    texts = ["the film was great", "so dull"]
+    with llm.base():
+        bare = llm.logits(texts)
+    np.testing.assert_array_equal(llm.logits(texts), bare)
+    llm.tune(Lessons(labelled=LABELLED), QUICK, 0)
+    assert np.abs(llm.logits(texts) - bare).max() > 0.01
+    with llm.base():
+        np.testing.assert_array_equal(llm.logits(texts), bare)
+    llm.set(None)
+    np.testing.assert_array_equal(llm.logits(texts), bare)
+
+
+def test_scores_are_the_label_words_after_the_pattern(llm: Llm) -> None:
+    """The whole model's logits of `bad` and `good` after the prompt, whatever else is in the batch."""
+    texts = ["the film was great", "so very very very dull and grim"]
+    for text, row in zip(texts, llm.logits(texts), strict=True):
+        ids = llm._tokenizer(f"{text} it was", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        words = [llm._tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("bad", "good")]
+        with torch.no_grad():
+            whole = llm._model(ids).logits[0, -1, words].numpy()
+        np.testing.assert_allclose(row, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cut_model_is_the_model(llm: Llm) -> None:
+    """Frozen layers once, then the top: the same log-probabilities as the whole model, in a batch of other lengths."""
+    rows = [llm._said("the film was", "great and lovely"), llm._said("a day", "sad")]
+    cache = _Frozen(llm._lower)
+    cache.fill([ids for ids, _ in rows])
+    with torch.no_grad():
+        found = [float(x.mean()) for x in llm._logprobs(cache, rows)]
+
+    assert found == pytest.approx(
+        [likelihood(llm, "the film was", "great and lovely"), likelihood(llm, "a day", "sad")], abs=1e-5
+    )
+
+
+def test_contrast_by_hand() -> None:
+    """DPO of margins 2 and -1 against the start, and the mean of -ln(1 - p) of two bad tokens."""
+    good, bad = torch.tensor([-1.0, -2.0]), torch.tensor([math.log(0.5), math.log(0.2)])
+    tuning = Tuning(contrast="dpo", dpo_beta=0.5)
+    started = [-5.0, float(bad.sum()) + 1.0]
+    want = -math.log(1 / (1 + math.exp(-0.5 * (2.0 - -1.0))))
+
+    assert float(_contrast(good, bad, started, tuning)) == pytest.approx(want, abs=1e-6)
+    unlikely = float(_contrast(good, bad, started, Tuning(contrast="unlikelihood")))
+    assert unlikely == pytest.approx((math.log(2) - math.log(0.8)) / 2, abs=1e-6)
+
+
+def test_good_texts_become_likelier(llm: Llm) -> None:
+    """The generation loss alone raises the likelihood of what was judged good."""
+    before = likelihood(llm, GOOD.prompt, GOOD.text)
+    llm.tune(Lessons(good=(GOOD,)), only(generation=1.0), 0)
+
+    assert likelihood(llm, GOOD.prompt, GOOD.text) > before + 0.5
+
+
+def test_a_text_of_weight_zero_teaches_nothing(llm: Llm) -> None:
+    """Quality weighs the likelihood."""
+    llm.tune(Lessons(good=(Good("the film was", "great", 0.0),)), only(generation=1.0), 0)
+
+    assert all(np.all(array == 0) for name, array in llm.get().items() if ".lora_B" in name)
+
+
+@pytest.mark.parametrize("contrast", ["dpo", "unlikelihood"])
+def test_contrast_parts_good_from_bad(llm: Llm, contrast: str) -> None:
+    """Under the same prompt the good text gains on the bad one."""
+    gap = [likelihood(llm, x.prompt, x.good) - likelihood(llm, x.prompt, x.bad) for x in PAIRS]
+    llm.tune(Lessons(pairs=PAIRS), msgspec.structs.replace(only(contrast_weight=1.0), contrast=contrast, dpo_beta=1.0), 0)
+    after = [likelihood(llm, x.prompt, x.good) - likelihood(llm, x.prompt, x.bad) for x in PAIRS]
+
+    assert all(b > a + 0.2 for a, b in zip(gap, after, strict=True))
+
+
+def test_the_task_is_learned_from_soft_labels(llm: Llm) -> None:
+    """What judges said of texts becomes what the LLM says of them."""
+    llm.tune(Lessons(labelled=LABELLED), only(task=1.0), 0)
+    scores = llm.logits([x.text for x in LABELLED])
+
+    assert scores.argmax(1).tolist() == [1, 0]
+
+
+def test_the_leash_holds_the_base(llm: Llm) -> None:
+    """Learning the same task on a leash, the base's own texts stay closer to as likely as they were."""
+    before = llm.perplexity(LEASH)
+    lessons = Lessons(labelled=LABELLED, leash=LEASH)
+    drift = {}
+    for leash in (0.0, 10.0):
+        llm.set(None)
+        llm.tune(lessons, only(task=1.0, leash=leash), 0)
+        drift[leash] = abs(math.log(llm.perplexity(LEASH) / before))
+
+    assert drift[10.0] < 0.5 * drift[0.0]
+
+
+def test_the_same_seed_learns_the_same(llm: Llm) -> None:
+    """A job may be repeated: adapter and loss are equal, and another seed's are not."""
+    lessons, found = Lessons((GOOD,), PAIRS, LABELLED, LEASH), []
+    for seed in (1, 1, 2):
+        llm.set(llm.start(seed))
+        found.append((llm.tune(lessons, QUICK, seed), llm.get()))
+
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert all(np.array_equal(array, found[1][1][name]) for name, array in found[0][1].items())
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(llm: Llm) -> None:
+    """The adapter is the one before, and the error says what may help."""
+    before = llm.get()
+    with pytest.raises(DataError, match="not finite"):
+        llm.tune(Lessons(labelled=(Labelled("the film was great", (math.nan, 1.0)),)), QUICK, 0)
+
+    assert all(np.array_equal(array, before[name]) for name, array in llm.get().items())
+
+
+def test_nothing_to_learn_from(llm: Llm) -> None:
+    """A leash alone is no lesson."""
+    with pytest.raises(DataError, match="nothing to learn"):
+        llm.tune(Lessons(leash=LEASH), QUICK, 0)
+
+
+def test_writing_is_repeatable_and_bounded(llm: Llm) -> None:
+    """The same seed writes the same texts, another one others; never more tokens than asked for."""
+    some = Sampling(max_tokens=5, temperature=1.0, top_p=0.9, seed=3)
+    texts = llm.write("the film was", 6, some)
+
+    assert texts == llm.write("the film was", 6, some)
+    assert texts != llm.write("the film was", 6, Sampling(5, 1.0, 0.9, 4))
+    assert len(texts) == 6
+    assert all(len(text.split()) <= 5 for text in texts)
+    assert llm.write("the film was", 1, Sampling(3)) == llm.write("the film was", 1, Sampling(3, seed=9))  # greedy
+
+
+def test_perplexity_by_hand(llm: Llm) -> None:
+    """exp of the mean nats over the tokens of two texts of different length."""
+    texts = ["the film was great", "so dull"]
+    nats, count = 0.0, 0
+    for text in texts:
+        ids = llm._tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(llm._model(ids).logits[0], dim=1)
+        nats -= float(sum(logprobs[at - 1, ids[0, at]] for at in range(1, ids.shape[1])))
+        count += ids.shape[1] - 1
+
+    assert llm.perplexity(texts) == pytest.approx(math.exp(nats / count), rel=1e-5)
+    with pytest.raises(DataError, match="two tokens"):
+        llm.perplexity(["film"])
+
+
+def test_what_does_not_fit_is_refused(llm: Llm, folder: Path) -> None:
+    """Another adapter's shapes, modules the model lacks, label words of two tokens."""
+    with pytest.raises(DataError):
+        llm.set({"a": np.zeros(3, np.float32)})
+    with pytest.raises(DataError, match=r"llm\.modules"):
+        Llm(folder, factories.DECODER_TASK, msgspec.structs.replace(SETTINGS, modules=("c_attn",)))
+    with pytest.raises(DataError, match="one token"):
+        Llm(folder, factories.DECODER_TASK, msgspec.structs.replace(SETTINGS, words=("very bad", "good")))

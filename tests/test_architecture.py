@@ -27,7 +27,7 @@ PURE = [
     *(
         f"edge_sdk/{name}.py"
         for name in (
-            *("protocol", "wire", "adapters", "tasks", "softlabels", "session", "eligibility", "verbs"),
+            *("protocol", "wire", "adapters", "tasks", "softlabels", "session", "eligibility", "verbs", "judgments"),
             *("training/batches", "training/depth"),
         )
     ),

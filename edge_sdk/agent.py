@@ -23,12 +23,24 @@ import msgspec
 
 from edge_sdk import bundle as bundles
 from edge_sdk import conditions, files, session, verbs, wire
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, below
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, add, below
 from edge_sdk.bundle import File
 from edge_sdk.eligibility import Conditions, NotNow, Policy, decide
 from edge_sdk.engines import Engine, check_runtime, open_engine
 from edge_sdk.errors import AssetError, DataError, MissingRuntime, Refused, SettingsError, Unreachable, WireError
-from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
+from edge_sdk.protocol import (
+    PROTOCOL,
+    Evaluate,
+    Evaluation,
+    Finished,
+    Judgment,
+    Manifest,
+    Predict,
+    Text,
+    Train,
+    Trained,
+    Update,
+)
 from edge_sdk.session import Action, Event, Session
 from edge_sdk.store import WORK, Parcel, Store
 from edge_sdk.tasks import Private
@@ -43,6 +55,9 @@ if TYPE_CHECKING:  # they bring torch, which only training needs
     from edge_sdk.training.trainer import Trainer
 
 ADAPTER = "adapter.safetensors"
+START = "start.safetensors"  # the global adapter, where the device's own is another
+MAX_SHEET = 1 << 24  # bytes of a sheet of synthetic texts
+PAGE = 500  # lines of the feed asked for at a time
 CHECKPOINT = "training.safetensors"
 HIDDEN = "hidden.sqlite"
 SPEED = "gflops"  # the fact that holds this device's speed, measured once for each training: it may decide how many layers
@@ -220,6 +235,8 @@ class Agent:
             match action:
                 case session.AskForWork():
                     await self._enroll()
+                    if self._store.cursor:  # what was withdrawn goes at the next contact
+                        await self._catch_up()
                     return session.Assigned(await self._api.ask(self._store.device_id, can_train()))
                 case session.Do(work):
                     await self._do(work)
@@ -271,9 +288,15 @@ class Agent:
             self._say(f"delivered {len(parcel.body):,} bytes as {receipt.id[:12]}; the server is at version {receipt.version}")
         return session.Delivered()
 
-    async def _do(self, work: Train | Evaluate | Finished) -> None:
+    async def _do(self, work: Train | Predict | Evaluate | Finished) -> None:
         """Gets the adapter, works, and puts the result into the outbox; of a finished run only the adapter is kept."""
-        start = await self._adapter(work.adapter, work.version)
+        if isinstance(work, Finished) and not work.adapter:  # what the device has learned for itself is the result
+            self._store.drop_fact(WORK)
+            self._store.set_fact("version", str(work.version))
+            self._say("finished; the device keeps the adapter it trained")
+            return
+        own = isinstance(work, Predict) or (isinstance(work, Train) and not work.share)
+        start = await self._adapter(work.adapter, work.version, START if own else ADAPTER)
         if isinstance(work, Finished):
             self._store.drop_fact(WORK)  # of training that failed: it would bring an older adapter back
             self._say(f"kept version {work.version}")
@@ -281,6 +304,9 @@ class Agent:
         models = await self.models()
         manifest = models.manifest
         private = await asyncio.to_thread(self._store.private, manifest.task)
+        if isinstance(work, Predict):
+            await self._judge(work, start, private, models)
+            return
         if isinstance(work, Evaluate):
             count, metrics = await asyncio.to_thread(verbs.evaluate, start, manifest.adapter, private, models.engine)
             self._say(f"version {work.version}: {_numbers(metrics)} on {count} held-out texts")
@@ -293,14 +319,41 @@ class Agent:
         await self._clear()
         if self._store.fact(SPEED) is None:
             self._store.set_fact(SPEED, str(await asyncio.to_thread(conditions.gflops, self._threads)))
+        if work.synthetic is not None and self._store.cursor < work.synthetic.until:
+            await self._catch_up()
         prepared, learned = await self._train(work, start, private, models)
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
-        part = prepared.part
-        update = Update(
-            self._store.device_id, work.version, learned.num_examples, learned.metrics, layers=part.depth, rank=part.rank
-        )
-        self._store.post(Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta)))
+        device, part = self._store.device_id, prepared.part
+        if work.share:
+            update = Update(device, work.version, learned.num_examples, learned.metrics, layers=part.depth, rank=part.rank)
+            parcel = Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta))
+        else:
+            trained = add(start, learned.delta)
+            _, measured = await asyncio.to_thread(verbs.evaluate, trained, manifest.adapter, private, models.engine)
+            await asyncio.to_thread(_keep, self._store, wire.pack_adapter(trained), work.version)
+            metrics = {**learned.metrics, **measured}
+            parcel = Parcel(wire.JSON_TYPE, wire.encode(Trained(device, work.version, learned.num_examples, metrics)))
+        self._store.post(parcel)
         (self._store.home / CHECKPOINT).unlink(missing_ok=True)
+
+    async def _judge(self, work: Predict, start: Arrays, private: Private, models: Models) -> None:
+        """Tells what the device's own adapter makes of a sheet of synthetic texts; `start` where it has trained none."""
+        manifest = models.manifest
+        adapter = kept_adapter(self._store, manifest) or dict(start)
+        sheet = wire.unpack_lines(await self._api.blob_bytes(work.sheet, min(work.size, MAX_SHEET)), Text)
+        await self._clear()
+        args = sheet, adapter, manifest.adapter, private, models.engine, work.form
+        count, metrics, covers, answer = await asyncio.to_thread(verbs.judge, *args)
+        self._say(f"sheet {work.version}: judged {len(sheet)} texts, {_numbers(metrics)}")
+        judgment = Judgment(self._store.device_id, work.version, count, metrics, covers)
+        self._store.post(Parcel(wire.JUDGMENT_TYPE, wire.pack_judgment(judgment, answer)))
+
+    async def _catch_up(self) -> None:
+        """Fetches what is new in the feed of synthetic data, and drops what was withdrawn."""
+        while lines := await self._api.synthetic(self._store.cursor, PAGE):
+            if [line.seq for line in lines] != list(range(self._store.cursor + 1, self._store.cursor + 1 + len(lines))):
+                raise WireError("bad-message", "the feed of synthetic data has gaps, or comes again")
+            await asyncio.to_thread(self._store.take_lines, lines)
 
     async def _train(self, work: Train, start: Arrays, private: Private, models: Models) -> tuple[verbs.Prepared, verbs.Learned]:
         """One training in small steps, each if the device's conditions allow it; resumed where it stopped."""
@@ -311,7 +364,10 @@ class Agent:
 
         def prepare() -> tuple[verbs.Prepared, HiddenStates]:
             args = work.version, start, manifest.adapter, private, work.training, work.soft, work.seed, models.engine, part
-            return verbs.prepare(*args), models.states(part, start, self._limits, self._store.home / HIDDEN, self._say)
+            synthetic = self._store.synthetic(work.synthetic.until) if work.synthetic else ()
+            return verbs.prepare(*args, synthetic, work.synthetic), models.states(
+                part, start, self._limits, self._store.home / HIDDEN, self._say
+            )
 
         def open_trainer() -> Trainer:
             learner = models.learner(part, states, self._limits)
@@ -378,7 +434,8 @@ class Agent:
                 self._say("the server started another run; what belongs to the old one is dropped")
                 self._store.delivered()
                 self._store.drop_fact(WORK)
-                for name in (ADAPTER, CHECKPOINT):
+                self._store.drop_synthetic()
+                for name in (ADAPTER, START, CHECKPOINT):
                     (self._store.home / name).unlink(missing_ok=True)
                 self._store.set_fact("version", "0")
                 self._models = None
@@ -399,16 +456,20 @@ class Agent:
                     await self._api.blob(file, folder / name)
         return folder
 
-    async def _adapter(self, sha256: str, version: int) -> dict[str, Array]:
-        """A global adapter, from disk where it is the one kept last, else from the server, and then kept."""
+    async def _adapter(self, sha256: str, version: int, name: str) -> dict[str, Array]:
+        """A global adapter, from the file `name` where it is the one kept there last, else from the server, and then kept."""
         manifest = self._manifest or self._known() or await self._enroll()
         shapes = manifest.adapter.shapes()
-        if (kept := _kept_body(self._store)) is not None and hashlib.sha256(kept).hexdigest() == sha256:
-            self._store.set_fact("version", str(version))
+        if (kept := _kept_body(self._store, name)) is not None and hashlib.sha256(kept).hexdigest() == sha256:
+            if name == ADAPTER:
+                self._store.set_fact("version", str(version))
             return wire.unpack_adapter(kept, shapes)
         body = await self._api.blob_bytes(sha256, wire.size_limit(shapes))
         arrays = wire.unpack_adapter(body, shapes)
-        await asyncio.to_thread(_keep, self._store, body, version)
+        if name == ADAPTER:
+            await asyncio.to_thread(_keep, self._store, body, version)
+        else:
+            await asyncio.to_thread(files.write, self._store.home / name, body)
         return arrays
 
 
@@ -438,8 +499,8 @@ def adapter_stamp(store: Store) -> str:
     return "" if body is None else hashlib.sha256(body).hexdigest()
 
 
-def _kept_body(store: Store) -> bytes | None:
-    path = store.home / ADAPTER
+def _kept_body(store: Store, name: str = ADAPTER) -> bytes | None:
+    path = store.home / name
     return path.read_bytes() if path.exists() else None
 
 

@@ -1,8 +1,9 @@
-"""Every message between a device and the server, as frozen typed values; version 2.
+"""Every message between a device and the server, as frozen typed values; version 3.
 
-A device enrols and gets the `Manifest`, then asks for work again and again: `Train`, `Evaluate`, `Wait` or `Finished`.
-What it learned goes back as an `Update` (beside tensors) or an `Evaluation`, and is answered by a `Receipt`. Bytes are
-`wire.py`'s business.
+A device enrols and gets the `Manifest`, then asks for work again and again: `Train`, `Predict`, `Evaluate`, `Wait` or
+`Finished`. What came of it goes back as an `Update` or a `Judgment` (beside tensors), an `Evaluation` or `Trained`, and is
+answered by a `Receipt`. Synthetic texts are a feed of their own, of `Sample` and `Withdrawal` lines. Bytes are `wire.py`'s
+business.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import msgspec
 from edge_sdk.adapters import AdapterSpec
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import DataError
+from edge_sdk.judgments import Form
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Task
 from edge_sdk.training.batches import Training
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Metrics = dict[str, float]
 
@@ -73,10 +75,22 @@ class Ask(Message, frozen=True):
     can_train: bool
 
 
+class Mix(Message, frozen=True):
+    """Synthetic texts in training: those of the feed up to line `until`, `batch_size` in each step, their loss times `weight`."""
+
+    until: int
+    weight: float = 1.0
+    batch_size: int = 8
+
+
 class Train(Message, frozen=True, tag="train", tag_field="verb"):
     """Start from the global adapter of `version`, learn from private data, send the difference.
 
     `seed` orders the examples, so a device that lost power repeats the same work and sends the same bytes.
+
+    Args:
+        synthetic: texts of the feed to learn from too.
+        share: whether the difference is sent; else the device keeps what it learned, and answers `Trained`.
     """
 
     version: int
@@ -84,6 +98,22 @@ class Train(Message, frozen=True, tag="train", tag_field="verb"):
     training: Training
     soft: SoftLabels | None
     seed: int
+    synthetic: Mix | None = None
+    share: bool = True
+
+
+class Predict(Message, frozen=True, tag="predict", tag_field="verb"):
+    """Judge the `count` synthetic texts of sheet `version`, the blob `sheet` of `size` bytes: what class is each?
+
+    The device answers with the adapter it trained last, or the global one, `adapter`, where it has trained none.
+    """
+
+    version: int
+    adapter: str
+    sheet: str
+    size: int
+    count: int
+    form: Form
 
 
 class Evaluate(Message, frozen=True, tag="evaluate", tag_field="verb"):
@@ -106,7 +136,7 @@ class Finished(Message, frozen=True, tag="finished", tag_field="verb"):
     adapter: str
 
 
-Work = Train | Evaluate | Wait | Finished
+Work = Train | Predict | Evaluate | Wait | Finished
 
 
 class Update(Message, frozen=True, tag="update", tag_field="result"):
@@ -132,7 +162,76 @@ class Evaluation(Message, frozen=True, tag="evaluation", tag_field="result"):
     metrics: Metrics
 
 
-Result = Update | Evaluation
+class Trained(Message, frozen=True, tag="trained", tag_field="result"):
+    """Device -> server: what it learned from the adapter of `version` stays on the device; numbers only."""
+
+    device: str
+    version: int
+    num_examples: int
+    metrics: Metrics
+
+
+class Judgment(Message, frozen=True, tag="judgment", tag_field="result"):
+    """Device -> server, beside one tensor of bytes (see `judgments.py`): what it makes of the texts of sheet `version`.
+
+    Args:
+        num_examples: how many labelled examples of its own it rests on.
+        metrics: `accuracy` on its own held-out data, where it has some.
+        covers: classes it has examples of.
+    """
+
+    device: str
+    version: int
+    num_examples: int
+    metrics: Metrics
+    covers: tuple[int, ...] = ()
+
+
+Result = Update | Judgment | Evaluation | Trained
+
+
+class Text(Message, frozen=True):
+    """One line of a sheet: a synthetic text to be judged, and the class it was written for."""
+
+    id: str
+    text: str
+    label: int
+
+
+class Sample(Message, frozen=True, tag="sample", tag_field="line"):
+    """One line of the feed of synthetic data: a text that devices judged good.
+
+    Args:
+        seq: the line's number; ask for what comes after it.
+        label: the class it was written for. soft: the judges' probabilities (n_classes,). quality: that of `label`.
+        version: of the LLM that wrote it. model: its name. adapter: sha256 of its adapter, "" for the base.
+    """
+
+    seq: int
+    id: str
+    text: str
+    label: str
+    soft: tuple[float, ...]
+    quality: float
+    version: int
+    model: str
+    adapter: str
+
+
+class Withdrawal(Message, frozen=True, tag="withdrawal", tag_field="line"):
+    """One line of the feed: sample `id` shall not be used any more; devices drop it."""
+
+    seq: int
+    id: str
+
+
+Line = Sample | Withdrawal
+
+
+class Withdraw(Message, frozen=True):
+    """Operator -> server: sample `id` shall not be used any more."""
+
+    id: str
 
 
 class Receipt(Message, frozen=True):
@@ -171,6 +270,15 @@ class Measurement(Message, frozen=True):
     metrics: Metrics
 
 
+class SheetStatus(Message, frozen=True):
+    """Synthetic texts of one version: how many were written, who judged them, how many were good; -1 while that is open."""
+
+    written: int
+    judges: int
+    accepted: int
+    acceptance: float
+
+
 class Status(Message, frozen=True):
     """Server -> operator: where the run stands."""
 
@@ -181,3 +289,4 @@ class Status(Message, frozen=True):
     finished: bool
     devices: tuple[DeviceStatus, ...]
     measurements: tuple[Measurement, ...]
+    sheets: tuple[SheetStatus, ...] = ()

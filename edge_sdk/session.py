@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
+from edge_sdk.protocol import Evaluate, Finished, Predict, Train, Wait, Work
 
 FIRST_PAUSE = 1.0  # seconds
 LONGEST_PAUSE = 600.0
@@ -85,9 +85,9 @@ class AskForWork:
 
 @dataclass(frozen=True)
 class Do:
-    """Train, evaluate, or keep the adapter of a finished run."""
+    """Train, judge, evaluate, or keep the adapter of a finished run."""
 
-    work: Train | Evaluate | Finished
+    work: Train | Predict | Evaluate | Finished
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def step(session: Session, event: Event, jitter: float) -> tuple[Session, Action
             return _to(AskForWork())
         case AskForWork(), Assigned(Wait(seconds)):
             return _sleep(min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT), AskForWork())
-        case AskForWork(), Assigned(Train() | Evaluate() | Finished() as work):
+        case AskForWork(), Assigned(Train() | Predict() | Evaluate() | Finished() as work):
             return _to(Do(work))
         case Do(Finished()), Worked():
             return _to(Stop())

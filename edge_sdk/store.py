@@ -13,15 +13,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from edge_sdk.errors import DataError
+from edge_sdk.protocol import Line, Sample, Withdrawal
 from edge_sdk.tasks import Example, Private, Task
 
 NAME = "device.sqlite"
+CURSOR = "synthetic"  # the fact that holds how much of the feed of synthetic data this device has
 WORK = "work"  # the fact that holds training under way, to go on with after a power cut
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS examples (
     id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE, label TEXT, truth TEXT, held_out INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS synthetic (seq INTEGER PRIMARY KEY, id TEXT NOT NULL, line BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (
     id INTEGER PRIMARY KEY CHECK (id = 1), content_type TEXT NOT NULL, body BLOB NOT NULL);
 """
@@ -150,6 +155,43 @@ class Store:
             truths=tuple(index.get(truth) for _, label, truth in training if label is None),
             held_out=tuple(Example(text, index[label]) for text, label, _, held_out in rows if held_out),
         )
+
+    def take_lines(self, lines: Iterable[Line]) -> None:
+        """Keeps lines of the feed of synthetic data, and drops the samples they withdraw; all or none."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for line in lines:
+                    if isinstance(line, Withdrawal):
+                        self._db.execute("DELETE FROM synthetic WHERE id = ?", (line.id,))
+                    else:
+                        body = msgspec.json.encode(line)
+                        self._db.execute("INSERT OR REPLACE INTO synthetic VALUES (?, ?, ?)", (line.seq, line.id, body))
+                    self._db.execute(
+                        "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+                        (CURSOR, str(line.seq)),
+                    )
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    @property
+    def cursor(self) -> int:
+        """The last line of the feed that this device has; 0 before the first."""
+        return int(self.fact(CURSOR) or 0)
+
+    def synthetic(self, until: int) -> list[Sample]:
+        """The samples of the feed up to a line, oldest first, without those withdrawn since."""
+        with self._lock:
+            rows = self._db.execute("SELECT line FROM synthetic WHERE seq <= ? ORDER BY seq", (until,)).fetchall()
+        return [msgspec.json.decode(row[0], type=Sample) for row in rows]
+
+    def drop_synthetic(self) -> None:
+        """Forgets the feed, which belongs to one run."""
+        with self._lock:
+            self._db.execute("DELETE FROM synthetic")
+            self._db.execute("DELETE FROM facts WHERE name = ?", (CURSOR,))
 
     def post(self, parcel: Parcel) -> None:
         """Puts a result into the outbox, which holds at most one; the work it is the result of is forgotten."""

@@ -14,9 +14,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edge_sdk.errors import Unreachable, WireError
-from edge_sdk.protocol import Ask, Enroll, Evaluation, Manifest, Problem, Receipt, Result, Train, Wait, Work
+from edge_sdk.judgments import width
+from edge_sdk.protocol import (
+    Ask,
+    Enroll,
+    Evaluation,
+    Line,
+    Manifest,
+    Predict,
+    Problem,
+    Receipt,
+    Result,
+    Train,
+    Trained,
+    Wait,
+    Work,
+)
 from edge_sdk.transport import Response
-from edge_sdk.wire import MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, decode, encode, unpack, update_shapes
+from edge_sdk.wire import (
+    JUDGMENT_TYPE,
+    MAX_JSON,
+    PROBLEM_TYPE,
+    TENSORS_TYPE,
+    decode,
+    encode,
+    pack_lines,
+    unpack,
+    unpack_judgment,
+    update_shapes,
+)
 
 
 class ServerSimulator:
@@ -32,6 +58,8 @@ class ServerSimulator:
         self.manifest = manifest
         self.work = list(work)
         self.blobs = dict(blobs or {})
+        self.feed: list[Line] = []  # of synthetic data
+        self.sheet: Predict | None = None  # the last one handed out
         self.results: list[Result] = []
         self.bodies: list[bytes] = []  # of the results, as they came
         self.requests: list[tuple[str, str]] = []
@@ -76,16 +104,31 @@ class ServerSimulator:
             case ["work"]:
                 ask = decode(body, Ask)
                 skip = self.work and isinstance(self.work[0], Train) and not ask.can_train
-                return encode(self.work.pop(0) if self.work and not skip else Wait(1.0))
+                work = self.work.pop(0) if self.work and not skip else Wait(1.0)
+                self.sheet = work if isinstance(work, Predict) else self.sheet
+                return encode(work)
             case ["results"]:
                 if self.refusals:
                     raise self.refusals.pop(0)
-                tensors = headers.get("Content-Type") == TENSORS_TYPE
-                result: Result = unpack(body, update_shapes(self.manifest))[0] if tensors else decode(body, Evaluation)
+                result = self._result(body, headers.get("Content-Type", ""))
                 self.results.append(result)
                 self.bodies.append(body)
                 return encode(Receipt(hashlib.sha256(body).hexdigest(), result.version))
+            case [query] if query.startswith("synthetic?"):
+                since, limit = (int(part.split("=")[1]) for part in query.partition("?")[2].split("&"))
+                return pack_lines(self.feed[since : since + limit])
             case ["blobs", sha256] if sha256 in self.blobs:
                 return self.blobs[sha256]
             case _:
                 raise WireError("http-404", f"no {path}", 404)
+
+    def _result(self, body: bytes, content_type: str) -> Result:
+        if content_type == TENSORS_TYPE:
+            return unpack(body, update_shapes(self.manifest))[0]
+        if content_type == JUDGMENT_TYPE:
+            if (sheet := self.sheet) is None:
+                raise WireError("unknown-sheet", "no sheet was handed out", 409)
+            classes = len(self.manifest.task.labels)
+            return unpack_judgment(body, lambda _: (sheet.count, width(sheet.form, classes)))[0]
+        report: Result = decode(body, Evaluation | Trained)  # type: ignore[arg-type]  # a union is fine for msgspec
+        return report

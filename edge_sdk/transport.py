@@ -16,8 +16,8 @@ import aiohttp
 
 from edge_sdk.bundle import File
 from edge_sdk.errors import AssetError, Refused, SettingsError, Unreachable, WireError
-from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Manifest, Problem, Receipt, Status, Work
-from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, decode, encode
+from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Line, Manifest, Problem, Receipt, Status, Withdraw, Work
+from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, decode, encode, unpack_lines
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _append(path: Path, chunk: bytes) -> None:
 
 
 class Api:
-    """The calls of protocol version 1."""
+    """The calls of the protocol."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -135,6 +135,16 @@ class Api:
 
     async def send(self, content_type: str, body: bytes) -> Receipt:
         return decode(await self._post("/v1/results", body, content_type), Receipt)
+
+    async def synthetic(self, since: int, limit: int) -> list[Line]:
+        """A page of the feed of synthetic data: at most `limit` lines after line `since`."""
+        path = f"/v1/synthetic?since={since}&limit={limit}"
+        body = _ok(await self._transport.request("GET", path, limit=64 * MAX_JSON)).body
+        return unpack_lines(body, Line)  # type: ignore[arg-type]  # a union is fine for msgspec
+
+    async def withdraw(self, sample: str) -> None:
+        """Takes a sample of the feed out of use."""
+        await self._post("/v1/synthetic/withdraw", encode(Withdraw(sample)))
 
     async def status(self) -> Status:
         return decode(_ok(await self._transport.request("GET", "/v1/status", limit=64 * MAX_JSON)).body, Status, 64 * MAX_JSON)

@@ -18,10 +18,11 @@ from edge_sdk import softlabels
 from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays, take
 from edge_sdk.engines import Scorer
 from edge_sdk.errors import DataError
-from edge_sdk.protocol import Metrics
+from edge_sdk.judgments import Bytes, Form, encode
+from edge_sdk.protocol import Metrics, Mix, Sample, Text
 from edge_sdk.softlabels import SoftLabels, SoftSet
-from edge_sdk.tasks import Example, Private, accuracy
-from edge_sdk.training.batches import Answer, Guess, Job, Label, Row, Source, Training
+from edge_sdk.tasks import Example, Private, accuracy, softmax
+from edge_sdk.training.batches import Answer, Classes, Guess, Job, Label, Row, Source, Training
 
 
 class Fits(Protocol):
@@ -67,11 +68,14 @@ def prepare(
     seed: int,
     engine: Scorer,
     part: AdapterSpec | None = None,
+    synthetic: Sequence[Sample] = (),
+    mix: Mix | None = None,
 ) -> Prepared:
     """What to learn from private data, starting at the global adapter of `version`.
 
     Args:
         part: what of `spec` is trained; all of it by default.
+        synthetic: samples to learn from too, by their soft labels, as `mix` says.
 
     Raises:
         DataError: no text with a label or an answer.
@@ -87,8 +91,14 @@ def prepare(
         texts = engine.encoder.prompts([private.unlabelled[i] for i in chosen.indices])
         guesses = [Row(ids, Guess(scores, soft.temperature)) for ids, scores in zip(texts, chosen.scores, strict=True)]
         sources.append(Source(guesses, soft.batch_size, soft.weight))
+    count = sum(len(source.rows) for source in sources)  # what is the device's own weighs, what all have does not
+    if mix is not None and synthetic:
+        rows = zip(engine.encoder.prompts([s.text for s in synthetic]), synthetic, strict=True)
+        soft_rows = [Row(ids, Classes(np.array(sample.soft, np.float32))) for ids, sample in rows]
+        sources.append(Source(soft_rows, mix.batch_size, mix.weight))
+        metrics = {**metrics, "synthetic_examples": float(len(synthetic))}
     job = Job(dict(start) if part is None else take(start, part), sources, training, seed)
-    return Prepared(job, part or spec, sum(len(source.rows) for source in sources), metrics)
+    return Prepared(job, part or spec, count, metrics)
 
 
 def train(
@@ -110,6 +120,24 @@ def train(
     """
     prepared = prepare(version, start, spec, private, training, soft, seed, engine, part)
     return prepared.learned(*trainer.fit(prepared.job))
+
+
+def judge(
+    sheet: Sequence[Text], adapter: Arrays, spec: AdapterSpec, private: Private, engine: Scorer, form: Form
+) -> tuple[int, Metrics, tuple[int, ...], Bytes]:
+    """What this device makes of synthetic texts: how many labels it rests on, its accuracy, the classes it has, the answer.
+
+    Raises:
+        DataError: a text was written for a class that this task does not have.
+    """
+    classes = len(engine.encoder.labels)
+    if any(not 0 <= text.label < classes for text in sheet):
+        raise DataError("a synthetic text was written for a class that this task does not have")
+    _, metrics = evaluate(adapter, spec, private, engine)
+    engine.set_adapter(Adapter(adapter, spec))
+    probabilities = softmax(engine.logits([text.text for text in sheet]))
+    covers = tuple(sorted({e.label for e in private.labelled if e.label is not None}))
+    return len(private.labelled), metrics, covers, encode(probabilities, [text.label for text in sheet], form)
 
 
 def evaluate(adapter: Arrays, spec: AdapterSpec, private: Private, engine: Scorer) -> tuple[int, Metrics]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeVar
 
 import msgspec
@@ -19,10 +19,13 @@ from safetensors.numpy import save
 
 from edge_sdk.adapters import Array, Arrays, Shapes, mismatch, not_finite, row_major
 from edge_sdk.errors import DataError, WireError
-from edge_sdk.protocol import Evaluation, Manifest, Result, Update
+from edge_sdk.judgments import Bytes
+from edge_sdk.protocol import Evaluation, Judgment, Manifest, Result, Sample, Text, Trained, Update
 
 JSON_TYPE = "application/json"
 TENSORS_TYPE = "application/vnd.safetensors"
+JUDGMENT_TYPE = "application/vnd.tandem.judgment+safetensors"
+LINES_TYPE = "application/x-ndjson"
 PROBLEM_TYPE = "application/problem+json"
 
 MAX_JSON = 1 << 20  # a manifest lists every LoRA slot: about 100 bytes each
@@ -30,11 +33,21 @@ MAX_HEADER = 1 << 20  # safetensors allows 100 MB, which is a weapon
 MAX_TENSORS = 4096
 MAX_EXAMPLES = 10_000_000
 MAX_METRICS = 64
-MIN_EXAMPLES: dict[type, int] = {Update: 1, Evaluation: 0}
+MAX_TEXTS = 10_000  # of a sheet, or of a page of the feed
+MAX_TEXT = 10_000  # characters of a synthetic text
+MIN_EXAMPLES: dict[type, int] = {Update: 1, Evaluation: 0, Trained: 1, Judgment: 0}
 
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)  # what msgspec raises where JSON or a type is wrong
 
 T = TypeVar("T")
+
+
+class ByteEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the header of a judgment says of its one tensor."""
+
+    dtype: Literal["U8"]
+    shape: tuple[int, int]
+    data_offsets: tuple[int, int]
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,9 +90,7 @@ def unpack(body: bytes, shapes: Callable[[Update], Shapes]) -> tuple[Update, dic
             or types differ from the adapter's slots), `not-finite` (NaN or infinity).
     """
     header, metadata, data = _open(body)
-    if "message" not in metadata:
-        raise WireError("bad-message", "the tensors carry no `message` in their metadata")
-    update = decode(metadata["message"].encode(), Update)
+    update = decode(_message(metadata), Update)
     check_result(update)
     return update, _finite(_arrays(header, data, shapes(update)))
 
@@ -94,6 +105,61 @@ def update_shapes(manifest: Manifest) -> Callable[[Update], Shapes]:
             raise WireError("wrong-part", str(error), 422) from error
 
     return shapes
+
+
+def pack_judgment(judgment: Judgment, answer: Bytes) -> bytes:
+    """One safetensors file: the bytes (n, width) of an answer, and the message."""
+    return bytes(save({"answer": np.ascontiguousarray(answer)}, metadata={"message": encode(judgment).decode()}))
+
+
+def unpack_judgment(body: bytes, shape: Callable[[Judgment], tuple[int, int]]) -> tuple[Judgment, Bytes]:
+    """The message and the bytes of a judgment.
+
+    Args:
+        shape: what the answer must have; it raises WireError where there is no such sheet.
+
+    Raises:
+        WireError: `bad-message`, `bad-tensors`, `wrong-shape`, or what `shape` raises.
+    """
+    header, metadata, data = _open(body)
+    judgment = decode(_message(metadata), Judgment)
+    check_result(judgment)
+    if header.keys() != {"answer"}:
+        raise WireError("wrong-shape", "a judgment is one tensor of bytes, `answer`", 422)
+    try:
+        entry = msgspec.json.decode(header["answer"], type=ByteEntry)
+    except NOT_JSON as error:
+        raise WireError("wrong-shape", "`answer` is not a tensor of bytes with shape and offsets", 422) from error
+    expected = shape(judgment)
+    if entry.shape != expected:
+        raise WireError("wrong-shape", f"the answer has shape {list(entry.shape)}, this sheet needs {list(expected)}", 422)
+    if entry.data_offsets != (0, math.prod(expected)) or len(data) != math.prod(expected):
+        raise WireError("bad-tensors", "`answer` does not lie in the file as its shape says")
+    return judgment, np.frombuffer(data, np.uint8).reshape(expected).copy()
+
+
+def pack_lines(lines: Iterable[msgspec.Struct]) -> bytes:
+    """JSON lines."""
+    return b"".join(encode(line) + b"\n" for line in lines)
+
+
+def unpack_lines(body: bytes, kind: type[T]) -> list[T]:
+    """Raises: WireError: too many lines, one too long, or one that is not exactly a `kind` with text of good length."""
+    rows = body.splitlines()
+    if len(rows) > MAX_TEXTS:
+        raise WireError("too-large", f"at most {MAX_TEXTS} lines, these are {len(rows)}", 413)
+    found = [decode(row, kind, 16 * MAX_TEXT) for row in rows]
+    for line in found:
+        if isinstance(line, Text | Sample):
+            _check_text(line)
+    return found
+
+
+def _check_text(line: Text | Sample) -> None:
+    if not 1 <= len(line.id) <= MAX_METRICS or not 0 < len(line.text) <= MAX_TEXT or not line.text.isprintable():
+        raise WireError("bad-message", f"a text has 1 to {MAX_TEXT} printable characters, and an id of 1 to {MAX_METRICS}")
+    if isinstance(line, Sample) and not all(0 <= p <= 1 for p in (*line.soft, line.quality)):
+        raise WireError("bad-message", "soft labels and quality are probabilities")
 
 
 def pack_adapter(arrays: Arrays) -> bytes:
@@ -121,6 +187,8 @@ def check_result(result: Result) -> None:
     """Raises: WireError: counts or names out of bounds, or a metric that is not finite."""
     if not MIN_EXAMPLES[type(result)] <= result.num_examples <= MAX_EXAMPLES:
         raise WireError("bad-message", f"num_examples must be between {MIN_EXAMPLES[type(result)]} and {MAX_EXAMPLES}")
+    if isinstance(result, Judgment) and len(result.covers) > MAX_METRICS:
+        raise WireError("bad-message", f"a judgment covers at most {MAX_METRICS} classes")
     if isinstance(result, Update) and not (0 <= result.layers <= MAX_TENSORS and 0 <= result.rank <= MAX_TENSORS):
         raise WireError("bad-message", f"layers and rank must be between 0 and {MAX_TENSORS}")
     if result.version < 0:
@@ -140,6 +208,12 @@ def _open(body: bytes) -> tuple[dict[str, msgspec.Raw], dict[str, str], memoryvi
     except NOT_JSON as error:
         raise WireError("bad-tensors", "the metadata is not an object of strings") from error
     return header, metadata, memoryview(body)[offset:]
+
+
+def _message(metadata: Mapping[str, str]) -> bytes:
+    if "message" not in metadata:
+        raise WireError("bad-message", "the tensors carry no `message` in their metadata")
+    return metadata["message"].encode()
 
 
 def _finite(arrays: dict[str, Array]) -> dict[str, Array]:

@@ -29,4 +29,5 @@ async def _version_maker(app: web.Application) -> AsyncIterator[None]:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+    await ledger.rest()
     ledger.close()

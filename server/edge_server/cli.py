@@ -13,10 +13,13 @@ from pathlib import Path
 from aiohttp import web
 
 from edge_sdk import bundle as bundles
+from edge_sdk import files
 from edge_sdk.errors import EdgeError, SettingsError
+from edge_sdk.protocol import Line, Sample, Withdrawal
 from edge_sdk.transport import Api, HttpTransport
-from edge_sdk.wire import encode
+from edge_sdk.wire import encode, pack_lines
 from edge_server import settings as run_settings
+from edge_server.knowledge.filters import Embed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,11 +38,18 @@ def main(arguments: list[str] | None = None) -> int:
     status = verbs.add_parser("status", help="where a run stands")
     status.add_argument("server", help="URL")
     status.add_argument("--json", action="store_true")
+    synthetic = verbs.add_parser("synthetic", help="the LLM's texts that devices judged good")
+    synthetic.add_argument("do", choices=("list", "show", "withdraw", "export"))
+    synthetic.add_argument("server", help="URL")
+    synthetic.add_argument("what", nargs="?", default="", help="a sample's id (show, withdraw) or a file (export)")
+    synthetic.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         if args.verb == "serve":
             asyncio.run(_serve(args))
+        elif args.verb == "synthetic":
+            asyncio.run(_synthetic(args))
         else:
             asyncio.run(_status(args))
     except ModuleNotFoundError as error:
@@ -67,7 +77,8 @@ async def _serve(args: argparse.Namespace) -> None:
     settings = run_settings.load(args.config)
     bundle = bundles.read(args.bundle)
     bundles.verify(args.bundle, bundle.files)
-    ledger = Ledger(settings, run_settings.manifest(settings, bundle), args.data, _say)
+    embed = _embedder(args.bundle, bundle) if settings.system == "crosslm" else None
+    ledger = Ledger(settings, run_settings.manifest(settings, bundle), args.data, _say, embed=embed)
     for name, file in bundle.files.items():
         ledger.blobs.adopt(args.bundle / name, file.sha256)
     runner = web.AppRunner(create_app(ledger), access_log=None, handle_signals=False, shutdown_timeout=5)
@@ -96,6 +107,9 @@ async def _status(args: argparse.Namespace) -> None:
     print(
         f"{status.system}: version {status.version}, {status.buffered} updates waiting{', finished' if status.finished else ''}"
     )
+    for number, sheet in enumerate(status.sheets):
+        became = "not decided" if sheet.accepted < 0 else f"{sheet.accepted} accepted ({sheet.acceptance:.0%})"
+        print(f"  sheet {number}: {sheet.written} texts, {sheet.judges} judges, {became}")
     for device in status.devices:
         newest = max(
             (m for m in status.measurements if m.device == device.id and "accuracy" in m.metrics),
@@ -104,6 +118,46 @@ async def _status(args: argparse.Namespace) -> None:
         )
         accuracy = f", accuracy {newest.metrics['accuracy']:.3f} at version {newest.version}" if newest else ""
         print(f"  {device.name}: {device.updates} updates, {device.uploaded_bytes:,} bytes{accuracy}")
+
+
+def _embedder(folder: Path, bundle: bundles.Bundle) -> Embed | None:
+    """An encoder bundle finds texts that resemble each other; a decoder's vectors do not, and words are compared."""
+    if bundle.kind != "encoder":
+        return None
+    from edge_sdk.engines import open_engine
+
+    engine = open_engine(folder, bundle)
+    return engine.embed
+
+
+async def _synthetic(args: argparse.Namespace) -> None:
+    if args.do != "list" and not args.what:
+        raise SettingsError(
+            f"`edge-server synthetic {args.do} URL` needs {'a file' if args.do == 'export' else 'the id of a sample'}"
+        )
+    async with HttpTransport(args.server) as transport:
+        api = Api(transport)
+        if args.do == "withdraw":
+            await api.withdraw(args.what)
+            print(f"withdrawn: {args.what}; devices drop it at their next contact")
+            return
+        lines: list[Line] = []
+        while page := await api.synthetic(len(lines), 1000):
+            lines += page
+    gone = {line.id for line in lines if isinstance(line, Withdrawal)}
+    samples = [line for line in lines if isinstance(line, Sample) and line.id not in gone]
+    if args.do == "export":
+        files.write(Path(args.what), pack_lines(samples))
+        print(f"{len(samples)} samples written to {args.what}")
+        return
+    some = [sample for sample in samples if args.do == "list" or sample.id == args.what]
+    if args.do == "show" and not some:
+        raise SettingsError(f"there is no sample {args.what}, or it was withdrawn")
+    for sample in some:
+        if args.json or args.do == "show":
+            print(encode(sample).decode())
+        else:
+            print(f"{sample.id}  {sample.label:<10} {sample.quality:.2f}  {sample.text}")
 
 
 def _is_local(host: str) -> bool:

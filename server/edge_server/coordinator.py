@@ -13,14 +13,25 @@ Rules kept here and nowhere else:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import msgspec
 
 from edge_sdk.errors import WireError
-from edge_sdk.protocol import DeviceStatus, Evaluation, Measurement, Metrics, Receipt, Status, Update
+from edge_sdk.protocol import (
+    DeviceStatus,
+    Evaluation,
+    Judgment,
+    Measurement,
+    Metrics,
+    Receipt,
+    SheetStatus,
+    Status,
+    Trained,
+    Update,
+)
 
 
 class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="enrolled"):
@@ -56,7 +67,68 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pu
     folded: int
 
 
-Event = Enrolled | Accepted | Evaluated | Published
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="kept"):
+    """A device trained on `version` and keeps what it learned to itself."""
+
+    id: str
+    device: str
+    version: int
+    num_examples: int
+    metrics: Metrics
+
+
+class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="written"):
+    """The LLM with the adapter blob `adapter` wrote sheet `sheet`: the blob `texts` for devices, `drafts` for the server."""
+
+    sheet: int
+    texts: str
+    drafts: str
+    size: int
+    count: int
+    adapter: str
+    dropped: dict[str, int]
+    at: float
+
+
+class Judged(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="judged"):
+    """A device's judgment of a sheet, the blob `blob` of `size` bytes."""
+
+    id: str
+    device: str
+    sheet: int
+    blob: str
+    size: int
+    num_examples: int
+    metrics: Metrics
+
+
+class Decided(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="decided"):
+    """Sheet `sheet` is decided: the blob `judged` says what became of each text, `samples` of them go into the feed.
+
+    That makes a version of the run: devices have something new to learn from.
+    """
+
+    sheet: int
+    judged: str
+    samples: int
+    acceptance: float
+
+
+class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tuned"):
+    """The LLM learned from sheet `sheet`; its adapter is the blob `adapter`."""
+
+    sheet: int
+    adapter: str
+    loss: float
+
+
+class Withdrawn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="withdrawn"):
+    """A sample that shall not be used any more."""
+
+    sample: str
+
+
+Event = Enrolled | Accepted | Evaluated | Published | Kept | Written | Judged | Decided | Tuned | Withdrawn
 
 
 @dataclass(frozen=True)
@@ -76,13 +148,44 @@ class Device:
     name: str
     trained: int = -1
     evaluated: int = -1
+    judged: int = -1
     updates: int = 0
     uploaded_bytes: int = 0
 
 
 @dataclass(frozen=True)
+class Ballot:
+    """A judgment that was taken in."""
+
+    device: str
+    blob: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Synthetic texts on their way: written, judged by these devices, and, once decided, part of the feed."""
+
+    texts: str
+    drafts: str
+    size: int
+    count: int
+    adapter: str
+    at: float
+    ballots: tuple[Ballot, ...] = ()
+    judged: str = ""
+    samples: int = 0
+    acceptance: float = 0.0
+
+
+@dataclass(frozen=True)
 class State:
-    """The whole run; `version` is -1 until the first adapter is published, and `adapters` names that of every version."""
+    """The whole run; `version` is -1 until the first adapter is published, and `adapters` names that of every version.
+
+    Args:
+        sheets: synthetic texts, in the order they were written.
+        tuned: the LLM's adapters, one for each sheet it has learned from.
+        feed: what the feed of synthetic data is made of, in order: a decided sheet's number, or a withdrawn sample's id.
+    """
 
     version: int = -1
     adapters: tuple[str, ...] = ()
@@ -90,6 +193,14 @@ class State:
     devices: Mapping[str, Device] = field(default_factory=lambda: MappingProxyType({}))
     receipts: Mapping[str, Receipt] = field(default_factory=lambda: MappingProxyType({}))
     measurements: tuple[Measurement, ...] = ()
+    sheets: tuple[Sheet, ...] = ()
+    tuned: tuple[str, ...] = ()
+    feed: tuple[int | str, ...] = ()
+
+    @property
+    def lines(self) -> int:
+        """Of the feed of synthetic data."""
+        return sum(self.sheets[entry].samples if isinstance(entry, int) else 1 for entry in self.feed)
 
     @property
     def adapter(self) -> str:
@@ -121,6 +232,35 @@ def apply(state: State, event: Event) -> State:
             sender = state.devices[event.device]
             state = _with_device(state, event.device, replace(sender, evaluated=max(sender.evaluated, event.version)))
             return _with_receipt(state, "evaluation", event)
+        case Kept():
+            sender = state.devices[event.device]
+            state = _with_device(state, event.device, replace(sender, trained=max(sender.trained, event.version)))
+            return _with_receipt(state, "kept", event)
+        case Written():
+            sheet = Sheet(event.texts, event.drafts, event.size, event.count, event.adapter, event.at)
+            return replace(state, sheets=(*state.sheets, sheet))
+        case Judged():
+            sender = state.devices[event.device]
+            state = _with_device(
+                state,
+                event.device,
+                replace(sender, judged=max(sender.judged, event.sheet), uploaded_bytes=sender.uploaded_bytes + event.size),
+            )
+            sheet = state.sheets[event.sheet]
+            ballots = (*sheet.ballots, Ballot(event.device, event.blob))
+            return _with_sheet(_with_receipt(state, "judgment", event), event.sheet, replace(sheet, ballots=ballots))
+        case Decided(number, judged, samples, acceptance):
+            sheet = replace(state.sheets[number], judged=judged, samples=samples, acceptance=acceptance)
+            state = _with_sheet(state, number, sheet)
+            adapters = (
+                *state.adapters,
+                state.adapter,
+            )  # devices' own adapters change with the feed, the one they start from stays
+            return replace(state, feed=(*state.feed, number), version=state.version + 1, adapters=adapters)
+        case Tuned(_, adapter, _):
+            return replace(state, tuned=(*state.tuned, adapter))
+        case Withdrawn(sample):
+            return replace(state, feed=(*state.feed, sample))
         case Published(version, adapter, folded):
             return replace(state, version=version, adapters=(*state.adapters, adapter), buffer=state.buffer[folded:])
 
@@ -180,6 +320,61 @@ def take(state: State, evaluation: Evaluation, id: str) -> Evaluated | Receipt:
     return Evaluated(id, evaluation.device, evaluation.version, evaluation.num_examples, evaluation.metrics)
 
 
+def keep(state: State, trained: Trained, id: str) -> Kept | Receipt:
+    """The event that records a training that stays on its device, or the receipt it already has.
+
+    Raises:
+        WireError: `unknown-device`, `unknown-version`, `already-answered`.
+    """
+    device = known_device(state, trained.device)
+    if id in state.receipts:
+        return state.receipts[id]
+    _check_version(state, trained.version)
+    if trained.version <= device.trained:
+        raise WireError("already-answered", f"this device has already answered version {device.trained}; ask for work", 409)
+    return Kept(id, trained.device, trained.version, trained.num_examples, trained.metrics)
+
+
+def judge(state: State, judgment: Judgment, id: str, blob: str, size: int) -> Judged | Receipt:
+    """The event that takes a judgment in, or the receipt it already has.
+
+    Raises:
+        WireError: `unknown-device`, `unknown-sheet`, `already-answered`, `too-late` (the sheet is decided).
+    """
+    device = known_device(state, judgment.device)
+    if id in state.receipts:
+        return state.receipts[id]
+    sheet = sheet_of(state, judgment.version)
+    if judgment.version <= device.judged:
+        raise WireError("already-answered", f"this device has already judged sheet {device.judged}; ask for work", 409)
+    if sheet.judged:
+        raise WireError("too-stale", f"sheet {judgment.version} is decided already; ask for work", 409)
+    return Judged(id, judgment.device, judgment.version, blob, size, judgment.num_examples, judgment.metrics)
+
+
+def withdraw(state: State, sample: str, known: Collection[str]) -> Withdrawn | None:
+    """The event that takes a sample out of use; None where it is out already.
+
+    Args:
+        known: ids of the samples of the feed.
+
+    Raises:
+        WireError: `unknown-sample`.
+    """
+    if sample in state.feed:
+        return None
+    if sample not in known:
+        raise WireError("unknown-sample", "there is no such sample", 404)
+    return Withdrawn(sample)
+
+
+def sheet_of(state: State, number: int) -> Sheet:
+    """Raises: WireError: `unknown-sheet`."""
+    if not 0 <= number < len(state.sheets):
+        raise WireError("unknown-sheet", f"there is no sheet {number}; {len(state.sheets)} have been written", 409)
+    return state.sheets[number]
+
+
 def due(state: State, buffer_size: int) -> tuple[Buffered, ...]:
     """The updates the next version is made from; empty while the buffer is not full."""
     return state.buffer[:buffer_size] if len(state.buffer) >= buffer_size else ()
@@ -188,7 +383,11 @@ def due(state: State, buffer_size: int) -> tuple[Buffered, ...]:
 def status(state: State, system: str, finished: bool) -> Status:
     """The run as an operator sees it."""
     devices = tuple(DeviceStatus(id, d.name, d.updates, d.uploaded_bytes) for id, d in state.devices.items())
-    return Status(system, state.version, state.adapter, len(state.buffer), finished, devices, state.measurements)
+    sheets = tuple(
+        SheetStatus(s.count, len(s.ballots), s.samples if s.judged else -1, s.acceptance if s.judged else -1.0)
+        for s in state.sheets
+    )
+    return Status(system, state.version, state.adapter, len(state.buffer), finished, devices, state.measurements, sheets)
 
 
 def _check_version(state: State, version: int) -> None:
@@ -200,8 +399,13 @@ def _with_device(state: State, id: str, device: Device) -> State:
     return replace(state, devices=MappingProxyType({**state.devices, id: device}))
 
 
-def _with_receipt(state: State, kind: str, event: Accepted | Evaluated) -> State:
-    measured = Measurement(kind, event.device, event.version, event.num_examples, event.metrics)
+def _with_sheet(state: State, number: int, sheet: Sheet) -> State:
+    return replace(state, sheets=(*state.sheets[:number], sheet, *state.sheets[number + 1 :]))
+
+
+def _with_receipt(state: State, kind: str, event: Accepted | Evaluated | Kept | Judged) -> State:
+    version = event.sheet if isinstance(event, Judged) else event.version
+    measured = Measurement(kind, event.device, version, event.num_examples, event.metrics)
     return replace(
         state,
         receipts=MappingProxyType({**state.receipts, event.id: Receipt(event.id, state.version)}),

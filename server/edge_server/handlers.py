@@ -11,11 +11,23 @@ from pathlib import Path
 from aiohttp import web
 
 from edge_sdk.errors import WireError
-from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem
-from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, check_result, decode, encode
+from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem, Trained, Withdraw
+from edge_sdk.wire import (
+    JSON_TYPE,
+    JUDGMENT_TYPE,
+    LINES_TYPE,
+    MAX_JSON,
+    PROBLEM_TYPE,
+    TENSORS_TYPE,
+    check_result,
+    decode,
+    encode,
+    pack_lines,
+)
 from edge_server.ledger import Ledger
 
 BODY_SECONDS = 600.0  # a slow line may take its time, a silent one may not hold a file for ever
+PAGE = 1000  # lines of synthetic data in an answer
 LEDGER = web.AppKey("ledger", Ledger)
 log = logging.getLogger(__name__)
 routes = web.RouteTableDef()
@@ -40,11 +52,15 @@ async def results(request: web.Request) -> web.Response:
     ledger = request.app[LEDGER]
     if request.content_type == JSON_TYPE:
         body = await _body(request)
-        evaluation = decode(body, Evaluation)
-        check_result(evaluation)
-        return _json(encode(await ledger.take_evaluation(evaluation, hashlib.sha256(body).hexdigest())))
+        report: Evaluation | Trained = decode(body, Evaluation | Trained)  # type: ignore[arg-type]  # a union is fine for msgspec
+        check_result(report)
+        sha256 = hashlib.sha256(body).hexdigest()
+        take = ledger.take_evaluation(report, sha256) if isinstance(report, Evaluation) else ledger.take_trained(report, sha256)
+        return _json(encode(await take))
+    if request.content_type == JUDGMENT_TYPE:
+        return _json(encode(await ledger.take_judgment(await _body(request))))
     if request.content_type != TENSORS_TYPE:
-        raise WireError("wrong-type", f"send {TENSORS_TYPE} or {JSON_TYPE}", 415)
+        raise WireError("wrong-type", f"send {TENSORS_TYPE}, {JUDGMENT_TYPE} or {JSON_TYPE}", 415)
     incoming = ledger.blobs.incoming()
     try:
         sha256 = await _stream(request, incoming, ledger.body_limit)
@@ -60,6 +76,25 @@ async def blob(request: web.Request) -> web.StreamResponse:
     if path is None:
         raise WireError("unknown-blob", "there is no blob of this name", 404)
     return web.FileResponse(path.resolve(), headers={"Content-Type": "application/octet-stream"})
+
+
+@routes.get("/v1/synthetic")
+async def synthetic(request: web.Request) -> web.Response:
+    since, limit = _number(request, "since", 0, 1 << 40), _number(request, "limit", PAGE, PAGE)
+    body = pack_lines(await request.app[LEDGER].synthetic(since, limit))
+    etag = hashlib.sha256(body).hexdigest()
+    headers = {"ETag": f'"{etag}"', "Content-Type": LINES_TYPE}
+    if any(known.value == etag for known in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    answer = web.Response(body=body, headers=headers)
+    answer.enable_compression()
+    return answer
+
+
+@routes.post("/v1/synthetic/withdraw")
+async def withdraw(request: web.Request) -> web.Response:
+    await request.app[LEDGER].withdraw(decode(await _body(request), Withdraw).id)
+    return _json(b"{}")
 
 
 @routes.get("/v1/status")
@@ -111,6 +146,14 @@ async def _body(request: web.Request) -> bytes:
             if len(body) > MAX_JSON:
                 raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
     return bytes(body)
+
+
+def _number(request: web.Request, name: str, default: int, most: int) -> int:
+    """A whole number of the query. Raises: WireError: `bad-query`."""
+    text = request.query.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) <= most):
+        raise WireError("bad-query", f"{name} is a whole number between 0 and {most}")
+    return int(text)
 
 
 async def _stream(request: web.Request, to: Path, limit: int) -> str:

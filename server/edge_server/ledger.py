@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +21,18 @@ import msgspec
 
 from edge_sdk import files, wire
 from edge_sdk.adapters import Array, write_peft
-from edge_sdk.errors import SettingsError
-from edge_sdk.protocol import PROTOCOL, Evaluation, Manifest, Receipt, Status, Work
+from edge_sdk.errors import SettingsError, WireError
+from edge_sdk.protocol import PROTOCOL, Evaluation, Line, Manifest, Receipt, Status, Trained, Work
 from edge_server import coordinator
 from edge_server.aggregation import Contribution
-from edge_server.coordinator import Buffered, Event, Published, State
+from edge_server.author import Author, check_answer
+from edge_server.compute import Compute, LocalCompute
+from edge_server.coordinator import Buffered, Decided, Event, Published, State, Tuned, Written
+from edge_server.knowledge.filters import Embed
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
-from edge_server.systems import lpfl
+from edge_server.systems import crosslm, lpfl
+from edge_server.systems.crosslm import Step
 
 RETRY_SECONDS = 60.0
 log = logging.getLogger(__name__)
@@ -40,12 +46,24 @@ class Ledger:
         manifest: what devices are told.
         data: folder for the event log, blobs and versions.
         say: told one line per version.
+        compute: where the LLM runs, for a system that has one; a process of its own by default.
+        embed: finds near duplicates among synthetic texts; None compares words.
+        now: seconds since the epoch.
 
     Raises:
         SettingsError: the folder belongs to another run, or another server uses it.
     """
 
-    def __init__(self, settings: RunSettings, manifest: Manifest, data: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        manifest: Manifest,
+        data: Path,
+        say: Callable[[str], None] = print,
+        compute: Compute | None = None,
+        embed: Embed | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._open = contextlib.ExitStack()
         self._open.enter_context(files.held(data, "edge-server"))
         self.manifest = msgspec.structs.replace(manifest, run=_run_of(data / "run.json", settings, manifest))
@@ -61,18 +79,33 @@ class Ledger:
         self.state: State = functools.reduce(coordinator.apply, events, State())
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._now = now
+        self._author: Author | None = None
+        self._feed: list[Line] = []
+        if (llm := settings.crosslm) is not None and settings.system == "crosslm":
+            compute = compute or LocalCompute(llm.llm, settings.task)
+            self._author = Author(llm, settings.task, self.blobs, compute, embed, now)
         self.trouble = ""  # why no version is being made, for the operator
 
     async def open(self) -> None:
         """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it."""
         if self.state.version < 0:
-            await asyncio.to_thread(self._publish_files, 0, lpfl.start(self._settings.lpfl, self.manifest.adapter))
+            author = self._author
+            first = lpfl.start(self._settings.lpfl, self.manifest.adapter)
+            if author is not None:
+                first = crosslm.start(author.settings, self.manifest.adapter)
+            await asyncio.to_thread(self._publish_files, 0, first)
             blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(0))
             async with self._lock:
                 await self._record(Published(0, blob, 0))
         else:
             await asyncio.to_thread(self._mend_version)
         self._wake.set()
+
+    async def rest(self) -> None:
+        """Ends the LLM's process, where there is one."""
+        if self._author is not None:
+            await self._author.compute.close()
 
     def close(self) -> None:
         self._open.close()
@@ -84,7 +117,10 @@ class Ledger:
         return self.manifest
 
     def plan(self, device: str, can_train: bool) -> Work:
-        return lpfl.plan(self._settings.lpfl, self.state, coordinator.known_device(self.state, device), can_train)
+        known = coordinator.known_device(self.state, device)
+        if self._author is not None:
+            return crosslm.plan(self._author.settings, self.state, known, can_train)
+        return lpfl.plan(self._settings.lpfl, self.state, known, can_train)
 
     async def take_update(self, incoming: Path, sha256: str) -> Receipt:
         """Checks a streamed upload, keeps it, and answers once it is on disk.
@@ -114,6 +150,51 @@ class Ledger:
             await self._record(decision)
         return self.state.receipts[id]
 
+    async def take_trained(self, trained: Trained, sha256: str) -> Receipt:
+        """Raises: WireError: the report is refused."""
+        id = wire.update_id(trained.device, trained.version, sha256)
+        async with self._lock:
+            decision = coordinator.keep(self.state, trained, id)
+            if isinstance(decision, Receipt):
+                return decision
+            await self._record(decision)
+        return self.state.receipts[id]
+
+    async def take_judgment(self, body: bytes) -> Receipt:
+        """Checks a judgment, keeps it, and answers once it is on disk. Raises: WireError: it is refused."""
+        shape = check_answer(self._writer.settings, self._settings.task, self.state)
+        judgment, _ = wire.unpack_judgment(body, shape)
+        sha256 = hashlib.sha256(body).hexdigest()
+        id = wire.update_id(judgment.device, judgment.version, sha256)
+        async with self._lock:
+            decision = coordinator.judge(self.state, judgment, id, sha256, len(body))
+            if isinstance(decision, Receipt):
+                return decision
+            await asyncio.to_thread(self.blobs.put, body)
+            await self._record(decision)
+        self._wake.set()
+        return self.state.receipts[id]
+
+    async def synthetic(self, since: int, limit: int) -> list[Line]:
+        """At most `limit` lines of the feed after line `since`. Raises: WireError: this run has no feed."""
+        author, state = self._writer, self.state
+        if len(self._feed) < state.lines:
+            self._feed = await asyncio.to_thread(author.lines, state, self._feed)
+        return self._feed[since : since + limit]
+
+    async def withdraw(self, sample: str) -> None:
+        """Takes a sample out of use; devices drop it when they next ask. Raises: WireError: there is no such sample."""
+        known = {line.id for line in await self.synthetic(0, self.state.lines)}
+        async with self._lock:
+            if event := coordinator.withdraw(self.state, sample, known):
+                await self._record(event)
+
+    @property
+    def _writer(self) -> Author:
+        if self._author is None:
+            raise WireError("wrong-system", f"{self._settings.system} has no synthetic data", 404)
+        return self._author
+
     async def make_versions(self) -> None:
         """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted.
 
@@ -122,15 +203,38 @@ class Ledger:
         """
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS if self.trouble else None)
+                await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS if self.trouble else self._patience())
             self._wake.clear()
             try:
-                while batch := lpfl.due(self._settings.lpfl, self.state):
-                    await self._make_version(batch)
+                if self._author is None:
+                    while batch := lpfl.due(self._settings.lpfl, self.state):
+                        await self._make_version(batch)
+                else:
+                    while step := crosslm.due(self._author.settings, self.state, self._now()):
+                        await self._take_step(self._author, step)
                 self.trouble = ""
             except Exception as error:
                 self.trouble = f"version {self.state.version + 1} cannot be made: {error}"
                 log.exception("%s; trying again", self.trouble)
+
+    def _patience(self) -> float | None:
+        """Seconds until a deadline may pass; None where only news can change anything."""
+        if self._author is None or not self.state.sheets or (last := self.state.sheets[-1]).judged:
+            return None
+        return max(last.at + self._author.settings.deadline_seconds - self._now(), 0.01) if last.ballots else None
+
+    async def _take_step(self, author: Author, step: Step) -> None:
+        event = await author.carry_out(step, self.state)
+        async with self._lock:
+            await self._record(event)
+        match event:
+            case Written():
+                dropped = ", ".join(f"{count} {name}" for name, count in event.dropped.items()) or "none"
+                self._say(f"sheet {event.sheet}: {event.count} texts written, dropped: {dropped}")
+            case Decided():
+                self._say(f"sheet {event.sheet}: {event.samples} accepted ({event.acceptance:.0%}); version {self.state.version}")
+            case Tuned():
+                self._say(f"the LLM learned from sheet {event.sheet}, loss {event.loss:.3f}")
 
     async def _make_version(self, batch: tuple[Buffered, ...]) -> None:
         version = self.state.version + 1
@@ -142,7 +246,10 @@ class Ledger:
         self._say(f"version {version} from {len(batch)} updates (staleness {staleness})")
 
     def status(self) -> Status:
-        done = lpfl.finished(self._settings.lpfl, self.state)
+        if self._author is not None:
+            done = crosslm.finished(self._author.settings, self.state)
+        else:
+            done = lpfl.finished(self._settings.lpfl, self.state)
         return coordinator.status(self.state, self._settings.system, done)
 
     async def _record(self, event: Event) -> None:

@@ -14,6 +14,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import EdgeError, SettingsError
 from edge_sdk.protocol import PROTOCOL, Manifest
 from edge_sdk.tasks import Task
+from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.lpfl import LpFl
 
 
@@ -48,11 +49,17 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file: which system, which task, which adapter."""
 
     task: Task
-    system: Literal["lpfl"] = "lpfl"
+    system: Literal["lpfl", "crosslm"] = "lpfl"
     adapter: AdapterSettings = AdapterSettings()
     lpfl: LpFl = LpFl()
+    crosslm: CrossLm | None = None
 
     def __post_init__(self) -> None:
+        if self.system == "crosslm":
+            if self.crosslm is None:
+                raise SettingsError('system = "crosslm" needs a table [crosslm] with at least its prompts')
+            if len(self.crosslm.names) not in (0, len(self.task.labels)) or not self.task.labels:
+                raise SettingsError("crosslm needs a task with labels, and crosslm.names one name for each, or none")
         if self.adapter.freeze_a and self.lpfl.average == "products":
             raise SettingsError("with adapter.freeze_a the mean of B is exact already, and products would change A: take factors")
         if 0 < self.adapter.min_rank < self.adapter.rank and self.lpfl.average == "factors" and not self.adapter.freeze_a:

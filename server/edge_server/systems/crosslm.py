@@ -11,14 +11,142 @@ The paper's equations are not public: this is a reconstruction, and docs/systems
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from edge_sdk.adapters import AdapterSpec, Array
+from edge_sdk.errors import SettingsError
+from edge_sdk.judgments import Form
+from edge_sdk.protocol import Finished, Mix, Predict, Sample, Text, Train, Wait, Work
+from edge_sdk.training.batches import Training
+from edge_server.coordinator import Device, State
+from edge_server.knowledge.filters import Filter
 from edge_server.knowledge.judging import Verdict
-from edge_server.llm.jobs import Good, Labelled, Lessons, Pair
+from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
+
+
+class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of a run.
+
+    Args:
+        prompts: what the LLM continues; `{label}` stands for a label's name, and the text ends where a quotation is closed.
+        names: what labels are called in prompts; empty for the task's own.
+        versions: how many sheets of synthetic texts are written, judged and learned from.
+        samples: texts of a sheet, before the filters.
+        temperature, top_p, max_tokens: how they are written.
+        filter: which of them are worth a judge's time.
+        form: what judges say: `probabilities` in 8 bits, or only `agree` with two bits a text.
+        judges: answers after which a sheet is decided. deadline_seconds: after its writing, with at least one answer.
+        quality: how sure the judges must be of a text to accept it.
+        tuning: how the LLM learns from a sheet. llm: which it is.
+        leash: texts the base itself writes once, to hold the LLM to what it was.
+        training: the device's steps. weight, batch_size: of synthetic texts in them.
+        wait_seconds: how long an idle device waits before it asks again.
+        seed: of everything random.
+    """
+
+    prompts: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    versions: int = 3
+    samples: int = 192
+    temperature: float = 0.9
+    top_p: float = 0.9
+    max_tokens: int = 40
+    filter: Filter = Filter()
+    form: Form = "probabilities"
+    judges: int = 4
+    deadline_seconds: float = 3600.0
+    quality: float = 0.6
+    tuning: Tuning = Tuning()
+    llm: LlmSettings = LlmSettings()
+    leash: int = 40
+    training: Training = Training(steps=32, batch_size=8, learning_rate=5e-4, dropout=0.2)
+    weight: float = 1.0
+    batch_size: int = 8
+    wait_seconds: float = 30.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all("{label}" in prompt for prompt in self.prompts):
+            raise SettingsError("crosslm.prompts needs at least one prompt, each with {label} in it")
+        if self.versions < 1 or self.judges < 1 or not 1 <= self.samples <= 10_000 or self.leash < 0 or self.seed < 0:
+            raise SettingsError("crosslm.versions and judges must be at least 1, samples 1 to 10000, leash and seed not negative")
+        if not 0 < self.temperature < math.inf or not 0 < self.top_p <= 1 or not 1 <= self.max_tokens <= 1000:
+            raise SettingsError("crosslm.temperature must be positive, top_p in (0, 1], max_tokens 1 to 1000")
+        if not 0 < self.quality <= 1 or not 0 <= self.weight < math.inf or not 1 <= self.batch_size <= 4096:
+            raise SettingsError("crosslm.quality must be in (0, 1], weight not negative, batch_size 1 to 4096")
+        if not 0 < self.wait_seconds < math.inf or not 0 < self.deadline_seconds < math.inf:
+            raise SettingsError("crosslm.wait_seconds and deadline_seconds must be positive and finite")
+
+
+# What the server does next --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class WriteSheet:
+    number: int
+
+
+@dataclass(frozen=True)
+class DecideSheet:
+    number: int
+
+
+@dataclass(frozen=True)
+class TuneLlm:
+    """Learn from a decided sheet."""
+
+    number: int
+
+
+Step = WriteSheet | DecideSheet | TuneLlm
+
+
+def start(settings: CrossLm, spec: AdapterSpec) -> dict[str, Array]:
+    """Version 0: an adapter that changes nothing, from which every device trains its own."""
+    return spec.start(settings.seed)
+
+
+def due(settings: CrossLm, state: State, now: float) -> Step | None:
+    """What is to be done now: write, decide once enough have judged or time is up, learn, and so on; None: nothing yet.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    number = len(state.sheets) - 1
+    if number >= 0 and not (last := state.sheets[number]).judged:
+        late = now - last.at >= settings.deadline_seconds and last.ballots
+        return DecideSheet(number) if len(last.ballots) >= settings.judges or late else None
+    if len(state.tuned) <= number:
+        return TuneLlm(number)
+    return WriteSheet(number + 1) if len(state.sheets) < settings.versions else None
+
+
+def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Work:
+    """What a device that asks should do now: learn from what is decided, then judge what is not, each once."""
+    version, number = state.version, len(state.sheets) - 1
+    if can_train and device.trained < version:
+        mix = Mix(state.lines, settings.weight, settings.batch_size) if state.feed else None
+        return Train(version, state.adapter, settings.training, None, settings.seed + 1, synthetic=mix, share=False)
+    if number >= 0 and not state.sheets[number].judged and device.judged < number:
+        sheet = state.sheets[number]
+        return Predict(number, state.adapter, sheet.texts, sheet.size, sheet.count, settings.form)
+    if version >= settings.versions:
+        return Finished(version, "")
+    return Wait(settings.wait_seconds)
+
+
+def finished(settings: CrossLm, state: State) -> bool:
+    """Whether the last sheet is decided, the LLM has learned from it, and so has every device that trains."""
+    done = len(state.tuned) >= settings.versions
+    return done and all(d.trained >= settings.versions or d.trained < 0 for d in state.devices.values())
+
+
+# The mathematics ------------------------------------------------------------------------------------------------------
 
 
 class Draft(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,6 +215,24 @@ def lessons(judged: Sequence[Judged], leash: Sequence[str]) -> Lessons:
         labelled=tuple(Labelled(x.draft.text, x.soft) for x in judged),
         leash=tuple(leash),
     )
+
+
+def texts_of(drafts: Sequence[Draft], sheet: int) -> list[Text]:
+    """A sheet as devices get it; the prompts stay on the server."""
+    return [Text(_id(sheet, draft), draft.text, draft.label) for draft in drafts]
+
+
+def samples_of(judged: Sequence[Judged], sheet: int, first: int, labels: Sequence[str], model: str, adapter: str) -> list[Sample]:
+    """What of a decided sheet goes into the feed: the good texts, numbered from `first`."""
+    good = [x for x in judged if x.good]
+    return [
+        Sample(first + i, _id(sheet, x.draft), x.draft.text, labels[x.draft.label], x.soft, x.quality, sheet, model, adapter)
+        for i, x in enumerate(good)
+    ]
+
+
+def _id(sheet: int, draft: Draft) -> str:
+    return f"{sheet}-{hashlib.sha256(f'{draft.label} {draft.text}'.encode()).hexdigest()[:16]}"
 
 
 def acceptance(judged: Sequence[Judged]) -> float:

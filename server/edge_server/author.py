@@ -1,0 +1,195 @@
+"""Carries out what `systems/crosslm.py` decides is next: asks the LLM, reads judgments, and says what happened as an event."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from edge_sdk import judgments, wire
+from edge_sdk.engines import Sampling
+from edge_sdk.errors import DataError, WireError
+from edge_sdk.protocol import Judgment, Line, Withdrawal
+from edge_sdk.tasks import Task, softmax
+from edge_server import coordinator
+from edge_server.compute import Compute
+from edge_server.coordinator import Decided, Sheet, State, Tuned, Written
+from edge_server.knowledge import filters
+from edge_server.knowledge.filters import Embed
+from edge_server.knowledge.judging import Ballot, combine
+from edge_server.llm.jobs import Label, Outcome, Scores, Texts, Tune, Write
+from edge_server.llm.jobs import Tuned as Learned
+from edge_server.storage import Blobs
+from edge_server.systems import crosslm
+from edge_server.systems.crosslm import CrossLm, DecideSheet, Draft, Judged, Step, WriteSheet
+
+T = TypeVar("T")
+
+LEASH_PROMPTS = ("The", "I", "In", "When", "A")  # what the base continues as it likes
+
+
+@dataclass(frozen=True)
+class Author:
+    """The LLM's side of a run.
+
+    Args:
+        settings: of the run. task: its labels.
+        blobs: where sheets, judgments and adapters lie. compute: where the LLM runs.
+        embed: finds near duplicates; None compares words alone.
+        now: seconds since the epoch.
+    """
+
+    settings: CrossLm
+    task: Task
+    blobs: Blobs
+    compute: Compute
+    embed: Embed | None
+    now: Callable[[], float]
+
+    async def carry_out(self, step: Step, state: State) -> Written | Decided | Tuned:
+        """Raises: JobFailed, DataError, OSError: it cannot be done now."""
+        if isinstance(step, WriteSheet):
+            return await self._write(step.number, state)
+        if isinstance(step, DecideSheet):
+            return await self._decide(step.number, state.sheets[step.number], state)
+        return await self._tune(step.number, state)
+
+    async def _write(self, number: int, state: State) -> Written:
+        settings, adapter = self.settings, state.tuned[-1] if state.tuned else ""
+        asked = crosslm.prompts(settings.prompts, settings.names or self.task.labels)
+        each = -(-settings.samples // len(asked))
+        sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.seed * 1_000_000 + number * 1000)
+        job = Write(self._file(adapter), tuple(prompt for prompt, _ in asked), (each,) * len(asked), sampling)
+        outcome = _expect(await self.compute.run(job), Texts)
+        drafts = [
+            Draft(prompt, label, filters.clean(text))
+            for (prompt, label), texts in zip(asked, outcome.texts, strict=True)
+            for text in texts
+        ]
+        return await asyncio.to_thread(self._sift, number, state, adapter, drafts)
+
+    def _sift(self, number: int, state: State, adapter: str, drafts: list[Draft]) -> Written:
+        known = [draft.text for sheet in state.sheets for draft in self._drafts(sheet)]
+        names = self.settings.names or self.task.labels
+        pairs = [(draft.prompt, draft.text) for draft in drafts]
+        kept, why = filters.keep(pairs, names, self.settings.filter, self.embed, known)
+        if not kept:
+            reasons = ", ".join(f"{count} {name}" for name, count in why.most_common())
+            raise DataError(f"the LLM wrote nothing usable ({reasons}); other crosslm.prompts or crosslm.filter may help")
+        some = [drafts[i] for i in kept]
+        texts = wire.pack_lines(crosslm.texts_of(some, number))
+        return Written(
+            number, self.blobs.put(texts), self.blobs.put(_pack(some)), len(texts), len(some), adapter, dict(why), self.now()
+        )
+
+    async def _decide(self, number: int, sheet: Sheet, state: State) -> Decided:
+        drafts = await asyncio.to_thread(self._drafts, sheet)
+        written = [draft.label for draft in drafts]
+        ballots = await asyncio.to_thread(self._ballots, sheet, written)
+        if state.tuned:  # by then the LLM knows the task, from what it was taught before
+            texts = tuple(draft.text for draft in drafts)
+            scores = _expect(await self.compute.run(Label(self._file(state.tuned[-1]), texts)), Scores).scores
+            ballots.append(Ballot(softmax(np.array(scores, np.float32)).astype(np.float64)))
+        judged = crosslm.decide(drafts, combine(ballots, written), self.settings.quality)
+        blob = await asyncio.to_thread(self.blobs.put, _pack(judged))
+        return Decided(number, blob, sum(x.good for x in judged), crosslm.acceptance(judged))
+
+    async def _tune(self, number: int, state: State) -> Tuned:
+        settings = self.settings
+        judged = await asyncio.to_thread(self._judged, state.sheets[number])
+        lessons = crosslm.lessons(judged, await self._leash())
+        path = self.blobs.incoming()
+        try:
+            adapter = self._file(state.tuned[-1] if state.tuned else "")
+            job = Tune(adapter, str(path), lessons, settings.tuning, settings.seed + number)
+            loss = _expect(await self.compute.run(job), Learned).loss
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # some MB
+            await asyncio.to_thread(self.blobs.keep, path, sha256)
+        finally:
+            path.unlink(missing_ok=True)
+        return Tuned(number, sha256, loss)
+
+    async def _leash(self) -> tuple[str, ...]:
+        """The base's own texts: the same every time, so they need not be kept."""
+        each = -(-self.settings.leash // len(LEASH_PROMPTS))
+        if not each:
+            return ()
+        job = Write("", LEASH_PROMPTS, (each,) * len(LEASH_PROMPTS), Sampling(self.settings.max_tokens, 1.0, 0.95, 1))
+        written = _expect(await self.compute.run(job), Texts).texts
+        return tuple(f"{start} {text}" for start, texts in zip(LEASH_PROMPTS, written, strict=True) for text in texts if text)
+
+    def lines(self, state: State, done: list[Line]) -> list[Line]:
+        """The feed of synthetic data, from what of it is there already: grows by what happened since."""
+        lines, entries = list(done), 0
+        for entry in state.feed:
+            first = entries
+            entries += state.sheets[entry].samples if isinstance(entry, int) else 1
+            if entries <= len(done):
+                continue
+            if isinstance(entry, int):
+                sheet, llm = state.sheets[entry], self.settings.llm
+                judged = self._judged(sheet)
+                lines += crosslm.samples_of(
+                    judged, entry, first + 1, self.task.labels, llm.endpoint_model or llm.model, sheet.adapter
+                )
+            else:
+                lines.append(Withdrawal(first + 1, entry))
+        return lines
+
+    # Blobs ------------------------------------------------------------------------------------------------------------
+    def _file(self, adapter: str) -> str:
+        """Where an adapter lies; "" for the base. Raises: DataError: it is missing."""
+        if not adapter:
+            return ""
+        if (path := self.blobs.path(adapter)) is None:
+            raise DataError(f"the LLM's adapter {adapter[:12]} is missing; restore the run's blobs from a backup")
+        return str(path)
+
+    def _drafts(self, sheet: Sheet) -> list[Draft]:
+        return msgspec.json.decode(self.blobs.get(sheet.drafts), type=list[Draft])
+
+    def _judged(self, sheet: Sheet) -> list[Judged]:
+        return msgspec.json.decode(self.blobs.get(sheet.judged), type=list[Judged])
+
+    def _ballots(self, sheet: Sheet, written: list[int]) -> list[Ballot]:
+        form, classes = self.settings.form, len(self.task.labels)
+        found = []
+        for waiting in sheet.ballots:
+            judgment, answer = wire.unpack_judgment(
+                self.blobs.get(waiting.blob), lambda _: answer_shape(self.settings, self.task, sheet)
+            )
+            probabilities = judgments.decode(answer, written, classes, form)
+            covers = frozenset(judgment.covers) if judgment.covers else None
+            found.append(Ballot(probabilities, judgment.metrics.get("accuracy", 1.0), covers))
+        return found
+
+
+def answer_shape(settings: CrossLm, task: Task, sheet: Sheet) -> tuple[int, int]:
+    """What a judgment of a sheet must look like."""
+    return sheet.count, judgments.width(settings.form, len(task.labels))
+
+
+def check_answer(settings: CrossLm, task: Task, state: State) -> Callable[[Judgment], tuple[int, int]]:
+    """For `wire.unpack_judgment`: the shape of the sheet a judgment names. Raises: WireError: there is none."""
+
+    def shape(judgment: Judgment) -> tuple[int, int]:
+        if any(not 0 <= label < len(task.labels) for label in judgment.covers):
+            raise WireError("bad-message", "a judgment covers a class that this task does not have")
+        return answer_shape(settings, task, coordinator.sheet_of(state, judgment.version))
+
+    return shape
+
+
+def _pack(rows: list[Draft] | list[Judged]) -> bytes:
+    return msgspec.json.encode(rows)
+
+
+def _expect(outcome: Outcome, kind: type[T]) -> T:
+    if not isinstance(outcome, kind):
+        raise DataError(f"the LLM's process answered {type(outcome).__name__}")
+    return outcome

@@ -26,7 +26,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 $(BIN)/.gguf: $(BIN)/.ready
 	@echo "compiling llama.cpp: some minutes"
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(getconf _NPROCESSORS_ONLN) \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt 'llama-cpp-python[server]'
 	@touch $@
 
 demo: setup

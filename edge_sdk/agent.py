@@ -321,6 +321,8 @@ class Agent:
             self._store.set_fact(SPEED, str(await asyncio.to_thread(conditions.gflops, self._threads)))
         if work.synthetic is not None and self._store.cursor < work.synthetic.until:
             await self._catch_up()
+            if self._store.cursor < work.synthetic.until:
+                raise WireError("bad-message", f"the feed of synthetic data ends before line {work.synthetic.until}")
         prepared, learned = await self._train(work, start, private, models)
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
         device, part = self._store.device_id, prepared.part
@@ -341,6 +343,10 @@ class Agent:
         manifest = models.manifest
         adapter = kept_adapter(self._store, manifest) or dict(start)
         sheet = wire.unpack_lines(await self._api.blob_bytes(work.sheet, min(work.size, MAX_SHEET)), Text)
+        if not sheet or len(sheet) != work.count:
+            raise WireError(
+                "bad-message", f"sheet {work.version} has {len(sheet)} texts, not the {work.count} it was said to have"
+            )
         await self._clear()
         args = sheet, adapter, manifest.adapter, private, models.engine, work.form
         count, metrics, covers, answer = await asyncio.to_thread(verbs.judge, *args)

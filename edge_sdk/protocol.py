@@ -8,11 +8,13 @@ business.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from edge_sdk.adapters import AdapterSpec
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import DataError
+from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.judgments import Form
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Task
@@ -81,6 +83,10 @@ class Mix(Message, frozen=True):
     until: int
     weight: float = 1.0
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.until < 2**63 or not 0 <= self.weight < math.inf or not 1 <= self.batch_size <= 4096:
+            raise SettingsError("mix.until and mix.weight must not be negative, mix.batch_size must be 1 to 4096")
 
 
 class Train(Message, frozen=True, tag="train", tag_field="verb"):

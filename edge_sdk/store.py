@@ -173,7 +173,8 @@ class Store:
                     )
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
 
     @property
@@ -190,8 +191,15 @@ class Store:
     def drop_synthetic(self) -> None:
         """Forgets the feed, which belongs to one run."""
         with self._lock:
-            self._db.execute("DELETE FROM synthetic")
-            self._db.execute("DELETE FROM facts WHERE name = ?", (CURSOR,))
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("DELETE FROM synthetic")
+                self._db.execute("DELETE FROM facts WHERE name = ?", (CURSOR,))
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
     def post(self, parcel: Parcel) -> None:
         """Puts a result into the outbox, which holds at most one; the work it is the result of is forgotten."""

@@ -78,7 +78,7 @@ def prepare(
         synthetic: samples to learn from too, by their soft labels, as `mix` says.
 
     Raises:
-        DataError: no text with a label or an answer.
+        DataError: no text with a label or an answer, or a sample of another task.
     """
     if not private.labelled:
         raise DataError("this device has no labelled text; add some with `edge-agent add`")
@@ -93,6 +93,8 @@ def prepare(
         sources.append(Source(guesses, soft.batch_size, soft.weight))
     count = sum(len(source.rows) for source in sources)  # what is the device's own weighs, what all have does not
     if mix is not None and synthetic:
+        if any(len(sample.soft) != len(engine.encoder.labels) for sample in synthetic):
+            raise DataError("a synthetic text has soft labels of other classes than this task's")
         rows = zip(engine.encoder.prompts([s.text for s in synthetic]), synthetic, strict=True)
         soft_rows = [Row(ids, Classes(np.array(sample.soft, np.float32))) for ids, sample in rows]
         sources.append(Source(soft_rows, mix.batch_size, mix.weight))

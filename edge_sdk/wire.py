@@ -69,7 +69,8 @@ def decode(body: bytes, kind: type[T], limit: int = MAX_JSON) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except NOT_JSON as error:
-        raise WireError("bad-message", f"not a valid message: {str(error)[:300]}") from error
+        reason = "".join(c if c.isprintable() else "?" for c in str(error)[:300])  # it may quote what it was sent
+        raise WireError("bad-message", f"not a valid message: {reason}") from error
     except Exception as error:  # a struct's own bounds (SettingsError) reach us through msgspec
         raise WireError("bad-message", str(error)) from error
 
@@ -132,7 +133,8 @@ def unpack_judgment(body: bytes, shape: Callable[[Judgment], tuple[int, int]]) -
         raise WireError("wrong-shape", "`answer` is not a tensor of bytes with shape and offsets", 422) from error
     expected = shape(judgment)
     if entry.shape != expected:
-        raise WireError("wrong-shape", f"the answer has shape {list(entry.shape)}, this sheet needs {list(expected)}", 422)
+        detail = f"this sheet needs an answer of shape {list(expected)}, not {list(entry.shape)}"
+        raise WireError("wrong-shape", detail[:500], 422)
     if entry.data_offsets != (0, math.prod(expected)) or len(data) != math.prod(expected):
         raise WireError("bad-tensors", "`answer` does not lie in the file as its shape says")
     return judgment, np.frombuffer(data, np.uint8).reshape(expected).copy()
@@ -160,6 +162,8 @@ def _check_text(line: Text | Sample) -> None:
         raise WireError("bad-message", f"a text has 1 to {MAX_TEXT} printable characters, and an id of 1 to {MAX_METRICS}")
     if isinstance(line, Sample) and not all(0 <= p <= 1 for p in (*line.soft, line.quality)):
         raise WireError("bad-message", "soft labels and quality are probabilities")
+    if isinstance(line, Sample) and not sum(line.soft) > 0:
+        raise WireError("bad-message", "soft labels of nothing cannot be learned from")
 
 
 def pack_adapter(arrays: Arrays) -> bytes:

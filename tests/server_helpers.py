@@ -9,25 +9,31 @@ import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from aiohttp.test_utils import TestClient, TestServer
+from safetensors.numpy import save_file
 
 from edge_sdk import bundle as bundles
 from edge_sdk import wire
 from edge_sdk.adapters import AdapterSpec, Array, Arrays
-from edge_sdk.protocol import PROTOCOL, Enroll, Receipt, Status, Update
+from edge_sdk.judgments import encode
+from edge_sdk.protocol import PROTOCOL, Enroll, Judgment, Receipt, Status, Text, Trained, Update
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, fedbuff
 from edge_server.app import create_app
+from edge_server.compute import Compute
 from edge_server.coordinator import Accepted, Event, Published
+from edge_server.knowledge.filters import Filter
 from edge_server.ledger import Ledger
+from edge_server.llm.jobs import Job, Label, LlmSettings, Outcome, Scores, Texts, Tune, Tuned, Tuning, Write
 from edge_server.settings import AdapterSettings, RunSettings
 from edge_server.storage import EventLog
+from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.lpfl import LpFl
 from tests import factories
 
@@ -42,9 +48,122 @@ def settings(**lpfl: Any) -> RunSettings:
     return RunSettings(factories.ENCODER_TASK, "lpfl", AdapterSettings(SPEC.rank, SPEC.alpha), system)
 
 
-def open_ledger(data: Path, run: RunSettings | None = None, say: Callable[[str], None] = lambda _: None) -> Ledger:
+def with_llm(**crosslm: Any) -> RunSettings:
+    """Two sheets of up to eight texts, each decided by two judges; the run does not wait for anybody."""
+    chosen: dict[str, Any] = {
+        "prompts": ("a {label} day:",),
+        "names": ("bad", "good"),
+        "versions": 2,
+        "samples": 8,
+        "filter": Filter(min_words=2),
+        "judges": 2,
+        "tuning": Tuning(steps=1),
+        "llm": LlmSettings(model="simulated"),
+        "leash": 5,
+        "wait_seconds": 0.25,
+        **crosslm,
+    }
+    return RunSettings(factories.ENCODER_TASK, "crosslm", AdapterSettings(SPEC.rank, SPEC.alpha), crosslm=CrossLm(**chosen))
+
+
+MOODS = ("gloomy", "happy")  # what a text of each class says
+
+
+def mood(text: str) -> int:
+    """The class a text is of."""
+    return MOODS.index(text.split()[-1])
+
+
+class Hang:
+    """In place of an outcome: none ever comes."""
+
+
+@dataclass
+class Simulator:
+    """A `Compute` without a model: every job has one answer, which its fields alone decide.
+
+    Of the texts after a prompt every fourth is of another class than asked for.
+
+    Args:
+        troubles: what the next jobs come to instead: an error, another outcome, or none at all.
+        jobs: everything that was asked. closed: whether the server has ended it.
+    """
+
+    troubles: list[Exception | Outcome | Hang] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    closed: bool = False
+
+    async def run(self, job: Job) -> Outcome:
+        self.jobs.append(job)
+        match self.troubles.pop(0) if self.troubles else None:
+            case Exception() as error:
+                raise error
+            case Hang():
+                await asyncio.Event().wait()
+            case None:
+                pass
+            case outcome:
+                return outcome
+        match job:
+            case Write(_, prompts, counts, sampling):
+                texts = [tuple(_text(sampling.seed, p, i) for i in range(counts[p])) for p in range(len(prompts))]
+                return Texts(tuple(texts), 0.0)
+            case Label():
+                return Scores(tuple((-3.0, 3.0) if mood(text) else (3.0, -3.0) for text in job.texts))
+            case Tune():
+                save_file({"lesson": np.array([job.seed, len(job.lessons.good)], np.float32)}, job.out)
+                return Tuned(0.5, 0.0)
+        raise AssertionError(f"nobody asks for {job}")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def _text(seed: int, prompt: int, i: int) -> str:
+    return f"writing {seed} prompt {prompt} text {i} is {MOODS[(prompt + (i % 4 == 3)) % 2]}"
+
+
+def sheet(ledger: Ledger, number: int = -1) -> list[Text]:
+    """A sheet's texts as a device gets them."""
+    return wire.unpack_lines(ledger.blobs.get(ledger.state.sheets[number].texts), Text)
+
+
+def answers(texts: Iterable[Text], kind: str = "honest", seed: int = 0) -> Array:
+    """Class probabilities (n, 2) of a judge: `honest`, `inverted`, `constant` or `random`."""
+    rng = np.random.default_rng(seed)
+    said: dict[str, Callable[[Text], int]] = {
+        "honest": lambda text: mood(text.text),
+        "inverted": lambda text: 1 - mood(text.text),
+        "constant": lambda _: 1,
+        "random": lambda _: int(rng.integers(2)),
+    }
+    return np.array([(0.1, 0.9) if said[kind](text) else (0.9, 0.1) for text in texts], np.float32)
+
+
+def judgment(
+    device: str, number: int, texts: list[Text], kind: str = "honest", form: Any = "probabilities", **more: Any
+) -> bytes:
+    """The body a device sends for a sheet."""
+    written = [text.label for text in texts]
+    message = Judgment(device, number, more.pop("num_examples", 10), more.pop("metrics", {"accuracy": 0.9}), **more)
+    return wire.pack_judgment(message, encode(answers(texts, kind), written, form))
+
+
+async def train(ledger: Ledger, device: str, version: int) -> Receipt:
+    """What the handler does with a training that stays on its device."""
+    report = Trained(device, version, 10, {"accuracy": 0.9})
+    return await ledger.take_trained(report, hashlib.sha256(wire.encode(report)).hexdigest())
+
+
+def open_ledger(
+    data: Path,
+    run: RunSettings | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    compute: Compute | None = None,
+    now: Callable[[], float] = time.time,
+) -> Ledger:
     run = run or settings()
-    return Ledger(run, run_settings.manifest(run, factories.bundle()), data, say)
+    return Ledger(run, run_settings.manifest(run, factories.bundle()), data, say, compute, now=now)
 
 
 @dataclass(frozen=True)
@@ -60,8 +179,8 @@ class Running:
             answer = await self.client.post("/v1/enroll", data=wire.encode(Enroll(PROTOCOL, device, f"name of {device}")))
             assert answer.status == 200
 
-    async def send(self, body: bytes) -> Receipt:
-        answer = await self.client.post("/v1/results", data=body, headers={"Content-Type": wire.TENSORS_TYPE})
+    async def send(self, body: bytes, kind: str = wire.TENSORS_TYPE) -> Receipt:
+        answer = await self.client.post("/v1/results", data=body, headers={"Content-Type": kind})
         assert answer.status == 200, await answer.text()
         return wire.decode(await answer.read(), Receipt)
 
@@ -74,9 +193,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running(data: Path, run: RunSettings | None = None) -> AsyncIterator[Running]:
+async def running(data: Path, run: RunSettings | None = None, compute: Compute | None = None) -> AsyncIterator[Running]:
     """The application on a free port of 127.0.0.1; stopped as `edge-server` stops."""
-    ledger = open_ledger(data, run)
+    ledger = open_ledger(data, run, compute=compute)
     async with TestClient(TestServer(create_app(ledger))) as client:
         yield Running(client, ledger, data)
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from edge_sdk.adapters import Array, Shapes
-from edge_sdk.protocol import Evaluation, Metrics, Update
+from edge_sdk.protocol import Evaluation, Judgment, Metrics, Sample, Text, Update
 from edge_sdk.wire import MAX_EXAMPLES, MAX_METRICS
 
 # A busy machine is no failure of a property, so there is no deadline. What reads hostile bytes is tried harder.
@@ -46,6 +46,30 @@ def updates() -> st.SearchStrategy[Update]:
 
 def evaluations() -> st.SearchStrategy[Evaluation]:
     return st.builds(Evaluation, st.text(max_size=20), st.integers(0, 2**60), st.integers(0, MAX_EXAMPLES), metrics())
+
+
+def judgments() -> st.SearchStrategy[Judgment]:
+    """Judgments that break no rule."""
+    covers = st.lists(st.integers(0, 99), max_size=4, unique=True).map(tuple)
+    counts = st.integers(0, MAX_EXAMPLES)
+    return st.builds(Judgment, st.text(max_size=20), st.integers(0, 2**60), counts, metrics(), covers)
+
+
+printable = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=20)
+ids = st.text(min_size=1, max_size=MAX_METRICS)
+
+
+def texts() -> st.SearchStrategy[Text]:
+    """Lines of a sheet that break no rule."""
+    return st.builds(Text, ids, printable, st.integers(0, 9))
+
+
+def samples(n_classes: int = 2) -> st.SearchStrategy[Sample]:
+    """Samples of the feed that break no rule."""
+    soft = st.tuples(*[st.floats(0, 1)] * n_classes).filter(any)
+    name = st.text(max_size=8)
+    numbers = st.integers(0, 2**60)
+    return st.builds(Sample, numbers, ids, printable, name, soft, st.floats(0, 1), numbers, name, name)
 
 
 @st.composite

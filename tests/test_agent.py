@@ -12,20 +12,37 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_sdk import EdgeDevice
 from edge_sdk import bundle as bundles
-from edge_sdk.adapters import AdapterSpec
-from edge_sdk.agent import ADAPTER, CHECKPOINT, HIDDEN, SPEED, Agent, Models, bundle_folder, kept_adapter
+from edge_sdk.adapters import Adapter, AdapterSpec, add
+from edge_sdk.agent import ADAPTER, CHECKPOINT, HIDDEN, PAGE, SPEED, START, Agent, Models, bundle_folder, kept_adapter
 from edge_sdk.eligibility import Conditions, Policy
 from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.files import held
-from edge_sdk.protocol import PROTOCOL, Evaluate, Evaluation, Finished, Manifest, Train, Update
+from edge_sdk.protocol import (
+    PROTOCOL,
+    Evaluate,
+    Evaluation,
+    Finished,
+    Judgment,
+    Line,
+    Manifest,
+    Mix,
+    Predict,
+    Sample,
+    Text,
+    Train,
+    Trained,
+    Update,
+    Withdrawal,
+)
 from edge_sdk.session import PAUSE_AFTER_FAILED_WORK
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.store import WORK, Parcel, Store
 from edge_sdk.testing import ServerSimulator
 from edge_sdk.training.batches import Training
 from edge_sdk.training.depth import Limits
-from edge_sdk.wire import JSON_TYPE, encode, pack_adapter, unpack, update_shapes
+from edge_sdk.wire import JSON_TYPE, encode, pack_adapter, pack_lines, unpack, unpack_judgment, update_shapes
 from tests import factories
 
 
@@ -661,3 +678,373 @@ async def test_work_of_another_version_of_the_program_is_asked_for_anew(world: W
     world.server.work += [Finished(0, adapter)]
 
     assert await world.agent().run() == 0
+
+
+# Synthetic data -------------------------------------------------------------------------------------------------------
+SHEET = ["the film was great", "the film was awful", "a very sad day", "so nice"]
+
+
+def sheet(world: World, texts: list[Text] | None = None, **changes: Any) -> Predict:
+    """Work that asks what the device makes of these texts."""
+    body = pack_lines(texts or [Text(f"t{i}", text, i % 2) for i, text in enumerate(SHEET)])
+    count = body.count(b"\n")
+    work = Predict(5, start(world), world.server.keep(body), len(body), count, "probabilities")
+    return msgspec.structs.replace(work, **changes)
+
+
+def sample(seq: int, text: str = "", soft: tuple[float, ...] = (0.125, 0.875)) -> Sample:
+    return Sample(seq, f"s{seq}", text or SHEET[seq % len(SHEET)], "positive", soft, max(soft, default=0), 0, "llm", "")
+
+
+def own_work(adapter: str, until: int = 0, version: int = 4) -> Train:
+    """Three steps that stay on the device, over the feed up to a line."""
+    training = Training(steps=3, batch_size=3, dropout=0.1, learning_rate=0.5)
+    mix = Mix(until, 0.5, 2) if until else None
+    return Train(version, adapter, training, None, seed=1, synthetic=mix, share=False)
+
+
+def filled(store: Store) -> None:
+    many(store)
+    for word in factories.GOOD:  # phones are bad here, so that training changes how many are right
+        store.add(f"a {word} phone", "negative", held_out=True)
+        store.add(f"a {word} film", "positive", held_out=True)
+
+
+async def learned(world: World, tmp_path: Path, work: Train) -> tuple[bytes, bytes]:
+    """The report and the adapter of a device that does this work in one long step."""
+    store = Store(tmp_path / f"undisturbed-{work.share}")
+    filled(store)
+    server = ServerSimulator(world.server.manifest, [work, Finished(0, "")], world.server.blobs)
+    server.feed = list(world.server.feed)
+    limits = Limits(step_seconds=1000, micro_tokens=1)
+    await Agent(store, server, world.cache, "device", limits=limits, look=Conditions, say=lambda _: None).run()
+    store.close()
+    return server.bodies[0], (store.home / ADAPTER).read_bytes()
+
+
+def answer_in(body: bytes) -> list[list[int]]:
+    found: list[list[int]] = unpack_judgment(body, lambda _: (len(SHEET), 2))[1].tolist()
+    return found
+
+
+async def levels(world: World, adapter: dict[str, Any] | None) -> list[list[int]]:
+    """The sheet's class probabilities in 256 levels, of an engine that wears this adapter."""
+    engine = (await world.agent().models()).engine
+    engine.set_adapter(None if adapter is None else Adapter(adapter, world.spec))
+    found: list[list[int]] = np.rint(engine.score(SHEET) * 255).astype(int).tolist()
+    return found
+
+
+async def test_it_judges_with_the_base_until_it_has_an_adapter_of_its_own(world: World) -> None:
+    """The global adapter answers first, and after training the device's own, which it keeps; the answers differ."""
+    filled(world.store)
+    world.server.work += [sheet(world), own_work(start(world)), sheet(world), Finished(5, "")]
+    assert await world.agent(look=Conditions).run() == 5
+    kept = kept_adapter(world.store, world.server.manifest)
+    first, report, second = world.server.results
+
+    assert isinstance(first, Judgment)
+    assert isinstance(report, Trained)
+    assert isinstance(second, Judgment)
+    for judgment in (first, second):
+        assert (judgment.device, judgment.version, judgment.num_examples, judgment.covers) == ("same", 5, 18, (0, 1))
+        assert judgment.metrics.keys() == {"accuracy"}
+    assert second.metrics["accuracy"] == report.metrics["accuracy"] != first.metrics["accuracy"]
+    assert answer_in(world.server.bodies[0]) == await levels(world, None)
+    assert answer_in(world.server.bodies[2]) == await levels(world, kept)
+    assert answer_in(world.server.bodies[0]) != answer_in(world.server.bodies[2])
+    assert world.said("sheet 5: judged 4 texts, accuracy")
+
+
+async def test_judging_leaves_no_adapter(world: World) -> None:
+    """A device that only judged has learned nothing: it wears the base, and still has no version."""
+    filled(world.store)
+    world.server.work += [sheet(world, form="agree")]
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent(look=Conditions).run()
+
+    assert [type(result) for result in world.server.results] == [Judgment]
+    assert kept_adapter(world.store, world.server.manifest) is None
+    assert world.store.fact("version") is None
+
+
+async def test_a_device_looks_at_itself_before_it_judges(world: World) -> None:
+    """A hot device judges later."""
+    filled(world.store)
+    world.server.work += [sheet(world), Finished(0, "")]
+    states = iter([Conditions(celsius=99.0)])
+    await world.agent(policy=Policy(wait_seconds=7.0), look=lambda: next(states, Conditions())).run()
+
+    assert world.slept == [7.0]
+    assert len(world.server.results) == 1
+
+
+async def test_what_it_learned_for_itself_stays(world: World, tmp_path: Path) -> None:
+    """Numbers are reported; the adapter kept is start + delta of the same work shared, and is what the device predicts with."""
+    filled(world.store)
+    adapter = start(world)
+    world.server.feed = [sample(1), sample(2)]
+    work = own_work(adapter, until=2)
+    world.server.work += [work, Finished(7, "")]
+    assert await world.agent(limits=SMALL, look=Conditions).run() == 7
+    shared, _ = await learned(world, tmp_path, msgspec.structs.replace(work, share=True))
+    update, delta = unpack(shared, update_shapes(world.server.manifest))
+    (report,) = world.server.results
+
+    assert (world.store.home / ADAPTER).read_bytes() == pack_adapter(add(world.spec.start(0), delta))
+    assert any(array.any() for array in delta.values())
+    assert hashlib.sha256((world.store.home / START).read_bytes()).hexdigest() == adapter
+    assert isinstance(report, Trained)
+    assert (report.device, report.version, report.num_examples) == ("same", 4, 18)
+    assert {**report.metrics} == {**update.metrics, "synthetic_examples": 2.0, "accuracy": report.metrics["accuracy"]}
+    device = EdgeDevice(world.store.home, cache=world.cache)
+    engine = (await world.agent().models()).engine
+    engine.set_adapter(Adapter(add(world.spec.start(0), delta), world.spec))
+    expected = engine.score(SHEET)
+    assert [list(p.probabilities.values()) for p in device.predict(SHEET)] == expected.tolist()
+    engine.set_adapter(None)
+    assert (engine.score(SHEET) != expected).any()
+    device.close()
+
+
+async def test_synthetic_texts_change_what_is_learned(world: World, tmp_path: Path) -> None:
+    """The same work over other samples, or over none, ends at another adapter."""
+    world.server.feed = [sample(1), sample(2, soft=(1.0, 0.0))]
+    adapters = set()
+    for until in (0, 1, 2):
+        _, kept = await learned(world, tmp_path / str(until), own_work(start(world), until))
+        adapters.add(kept)
+
+    assert len(adapters) == 3
+
+
+async def test_the_next_training_starts_at_the_global_adapter(world: World, tmp_path: Path) -> None:
+    """What was learned for an earlier version is not added to: the same work again ends at the same bytes."""
+    filled(world.store)
+    work = own_work(start(world))
+    world.server.work += [own_work(start(world), version=3), work, Finished(4, "")]
+    await world.agent(limits=SMALL, look=Conditions).run()
+    report, adapter = await learned(world, tmp_path, work)
+
+    assert world.server.bodies[1] == report
+    assert (world.store.home / ADAPTER).read_bytes() == adapter
+
+
+async def test_the_feed_is_fetched_in_pages(world: World) -> None:
+    """Five hundred lines at a time, until there is no more; what came once is not asked for again."""
+    filled(world.store)
+    lines: list[Line] = [Withdrawal(i, f"s{i}") for i in range(1, 2 * PAGE + 2)]
+    world.server.feed = [sample(1), sample(2), *lines[2:]]
+    world.server.work += [own_work(start(world), until=2 * PAGE + 1), Finished(0, "")]
+    await world.agent(look=Conditions).run()
+    asked = [int(path.split("since=")[1].split("&")[0]) for _, path in world.server.requests if "synthetic" in path]
+
+    assert asked == [0, PAGE, 2 * PAGE, 2 * PAGE + 1, 2 * PAGE + 1]  # the last one before the next work
+    assert all(f"limit={PAGE}" in path for _, path in world.server.requests if "synthetic" in path)
+    assert world.store.synthetic(10**6) == [sample(1), sample(2)]
+    assert world.server.results[0].metrics["synthetic_examples"] == 2.0
+
+
+async def test_a_device_without_the_feed_never_asks_for_it(world: World) -> None:
+    """A run that mixes nothing in costs no request."""
+    filled(world.store)
+    world.server.feed = [sample(1)]
+    world.server.work += [own_work(start(world)), Finished(0, "")]
+    await world.agent(look=Conditions).run()
+
+    assert not any("synthetic" in path for _, path in world.server.requests)
+    assert "synthetic_examples" not in world.server.results[0].metrics
+
+
+async def test_a_withdrawn_sample_is_not_trained_on(world: World) -> None:
+    """What is withdrawn after the line that the work names counts too."""
+    filled(world.store)
+    world.server.feed = [sample(1), sample(2), Withdrawal(3, "s1")]
+    world.server.work += [own_work(start(world), until=2), Finished(0, "")]
+    await world.agent(look=Conditions).run()
+
+    assert world.store.synthetic(9) == [sample(2)]
+    assert world.server.results[0].metrics["synthetic_examples"] == 1.0
+
+
+async def test_a_withdrawn_sample_is_dropped_at_the_next_contact(world: World) -> None:
+    """Before any work is asked for, even where there is none, what was withdrawn since is gone from the device."""
+    filled(world.store)
+    world.server.feed = [sample(1), sample(2)]
+    world.server.work += [own_work(start(world), until=2), Finished(0, "")]
+    await world.agent(look=Conditions).run()
+    assert world.store.synthetic(9) == [sample(1), sample(2)]
+    world.server.feed.append(Withdrawal(3, "s2"))
+    before = len(world.server.requests)
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent(look=Conditions).run()
+
+    assert world.store.synthetic(9) == [sample(1)]
+    paths = [path.split("?")[0] for _, path in world.server.requests[before:]]
+    assert paths == ["/v1/enroll", "/v1/synthetic", "/v1/synthetic", "/v1/work"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([sample(1), sample(3)], "has gaps, or comes again"),
+        ([sample(2), sample(3)], "has gaps, or comes again"),
+        ([sample(1), sample(1)], "has gaps, or comes again"),
+        ([sample(1)], "ends before line 2"),
+        ([], "ends before line 2"),
+        ([sample(1), sample(2, "two\nlines")], "printable characters"),
+        ([sample(1), sample(2, soft=(0.0, 2.0))], "are probabilities"),
+        ([sample(1), sample(2, soft=(0.0, 0.0))], "of nothing"),
+        ([sample(1), sample(2, soft=(1.0,))], "soft labels of other classes"),
+    ],
+)
+async def test_a_bad_feed_is_refused_in_one_line(world: World, lines: list[Line], reason: str) -> None:
+    """Nothing is trained on a feed with gaps, too short, or with what no judge can have said; the device asks again later."""
+    filled(world.store)
+    world.server.feed = lines
+    world.server.work += [own_work(start(world), until=2)]
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent(look=Conditions).run()
+    failures = [line for line in world.lines if line.startswith("cannot work: ")]
+
+    assert len(failures) == 1
+    assert reason in failures[0]
+    assert failures[0].isprintable()
+    assert world.slept == [PAUSE_AFTER_FAILED_WORK]
+    assert world.server.results == []
+    assert not (world.store.home / ADAPTER).exists()
+
+
+@pytest.mark.parametrize("calls", [2, 3, 5, 9])
+async def test_what_it_keeps_for_itself_survives_power_cuts(world: World, tmp_path: Path, calls: int) -> None:
+    """Cut in the middle, with synthetic texts mixed in, it ends offline at the undisturbed report and adapter."""
+    filled(world.store)
+    world.server.feed = [sample(1), sample(2), sample(3)]
+    work = own_work(start(world), until=3)
+    world.server.work += [work]
+    with pytest.raises(PowerCut):
+        await world.agent(limits=SMALL, look=cut_at(calls)).run()
+    assert not (world.store.home / ADAPTER).exists()
+    world.server.offline, before = True, len(world.server.requests)
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent(limits=SMALL, look=Conditions).run()
+    parcel = world.store.pending()
+
+    assert world.server.requests[before:] == [("POST", "/v1/enroll")]
+    assert parcel is not None
+    assert (parcel.body, (world.store.home / ADAPTER).read_bytes()) == await learned(world, tmp_path, work)
+    assert world.store.fact(WORK) is None
+    assert world.store.fact("version") == "4"
+
+
+class Fragile(Store):
+    """A store under which the power goes when a result is to be kept."""
+
+    def post(self, parcel: Parcel) -> None:
+        raise PowerCut
+
+
+async def test_power_cut_between_adapter_and_report(world: World, tmp_path: Path) -> None:
+    """The adapter is kept before its report; a device cut between them trains from the global one again, not from its own."""
+    filled(world.store)
+    work = own_work(start(world))
+    world.server.work += [work, Finished(4, "")]
+    fragile = Fragile(world.store.home)
+    with pytest.raises(PowerCut):
+        await Agent(fragile, world.server, world.cache, "device", limits=SMALL, look=Conditions, say=world.lines.append).run()
+    fragile.close()
+    assert (world.store.home / ADAPTER).exists()
+    assert world.store.fact(WORK) is not None
+    await world.agent(limits=SMALL, look=Conditions).run()
+
+    assert (world.server.bodies[0], (world.store.home / ADAPTER).read_bytes()) == await learned(world, tmp_path, work)
+
+
+HOSTILE: dict[str, list[bytes]] = {
+    "printable characters, and an id": [
+        encode(Text("a", "a \x1b[2Jfilm", 0)),
+        encode(Text("a", "", 0)),
+        encode(Text("", "a", 0)),
+    ],
+    "too-large: a message may have": [encode(Text("a", "x" * 1_000_000, 0))],
+    "class that this task does not have": [encode(Text("a", "a film", 7)), encode(Text("a", "a film", -1))],
+    "not a valid message": [b'{"id":"a","text":"b","label":0,"x\\ny":1}', b"\xff\xfe", b"[" * 100_000, b"null"],
+}
+
+
+@pytest.mark.parametrize(("reason", "line"), [(reason, line) for reason, lines in HOSTILE.items() for line in lines])
+async def test_a_hostile_sheet_is_one_line_and_the_device_goes_on(
+    world: World, caplog: pytest.LogCaptureFixture, reason: str, line: bytes
+) -> None:
+    """Whatever a sheet holds, it is refused in one printable line without a trace, and the next work is done."""
+    filled(world.store)
+    body = pack_lines([Text("good", "a great film", 1)]) + line + b"\n"
+    hostile = sheet(world, sheet=world.server.keep(body), size=len(body), count=2)
+    world.server.work += [hostile, sheet(world), Finished(0, "")]
+    await world.agent(look=Conditions).run()
+    refused = [line for line in world.lines if line.startswith("cannot work: ")]
+
+    assert len(refused) == 1
+    assert reason in refused[0]
+    assert refused[0].isprintable()
+    assert len(refused[0]) < 500
+    assert not caplog.records
+    assert world.slept == [PAUSE_AFTER_FAILED_WORK]
+    assert [type(result) for result in world.server.results] == [Judgment]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"size": 10}, "waiting: the answer is longer than 10 bytes"),
+        ({"size": -1}, "waiting: the answer is longer than -1 bytes"),
+        ({"count": 5}, "cannot work: bad-message: sheet 5 has 4 texts, not the 5 it was said to have"),
+        ({"sheet": hashlib.sha256(b"").hexdigest(), "count": 0}, "cannot work: bad-message: sheet 5 has 0 texts"),
+        ({"sheet": "ab" * 32}, "refused: http-404"),
+        ({"sheet": "cd" * 32}, "cannot work: blob cdcdcdcdcdcd arrived damaged"),
+    ],
+)
+async def test_a_sheet_that_is_not_the_one_promised_is_one_line(world: World, changes: dict[str, Any], said: str) -> None:
+    """Another size, another count, none, or other bytes: nothing is judged, and the device goes on."""
+    filled(world.store)
+    world.server.keep(b"")
+    world.server.blobs["cd" * 32] = pack_lines([Text("a", "a film", 0)])
+    world.server.work += [sheet(world, **changes), sheet(world), Finished(0, "")]
+    await world.agent(look=Conditions).run()
+
+    assert len([line for line in world.lines if line.startswith(said)]) == 1
+    assert len(world.slept) == 1
+    assert [type(result) for result in world.server.results] == [Judgment]
+
+
+async def test_a_finished_run_without_an_adapter_leaves_the_devices_own(world: World) -> None:
+    """`Finished` with no adapter fetches nothing, keeps the file as it is and forgets work that failed."""
+    own = pack_adapter({name: array + 1 for name, array in world.spec.start(3).items()})
+    (world.store.home / ADAPTER).write_bytes(own)
+    adapter = start(world)
+    world.server.work += [own_work(adapter), Finished(9, "")]  # no labels: it fails
+    assert await world.agent(look=Conditions).run() == 9
+
+    assert (world.store.home / ADAPTER).read_bytes() == own
+    assert world.store.fact(WORK) is None
+    assert world.said("finished; the device keeps the adapter it trained")
+
+
+async def test_another_run_has_another_feed(world: World) -> None:
+    """Samples, cursor and the old run's start are dropped with it, and the new feed is read from its first line."""
+    filled(world.store)
+    world.store.set_fact("run", "the old one")
+    world.store.take_lines([sample(i, "of the old run") for i in (1, 2, 3)])
+    (world.store.home / START).write_bytes(b"of the old run")
+    world.server.feed = [sample(1)]
+    world.server.work += [own_work(start(world), until=1), Finished(0, "")]
+    await world.agent(look=Conditions).run()
+
+    assert world.store.synthetic(9) == [sample(1)]
+    assert world.store.cursor == 1
+    assert (world.store.home / START).read_bytes() == pack_adapter(world.spec.start(0))
+    assert world.server.results[0].metrics["synthetic_examples"] == 1.0

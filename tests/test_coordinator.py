@@ -12,9 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import WireError
-from edge_sdk.protocol import DeviceStatus, Evaluation, Measurement, Receipt, Status, Update
+from edge_sdk.protocol import DeviceStatus, Evaluation, Judgment, Measurement, Receipt, SheetStatus, Status, Trained, Update
 from edge_server import coordinator
-from edge_server.coordinator import Accepted, Buffered, Device, Enrolled, Evaluated, Event, Published, State, apply
+from edge_server.coordinator import (
+    Accepted,
+    Ballot,
+    Buffered,
+    Decided,
+    Device,
+    Enrolled,
+    Evaluated,
+    Event,
+    Judged,
+    Kept,
+    Published,
+    Sheet,
+    State,
+    Tuned,
+    Withdrawn,
+    Written,
+    apply,
+)
 from tests import strategies
 
 MAX_STALENESS = 2
@@ -247,6 +265,128 @@ def test_status_is_the_state_as_an_operator_sees_it() -> None:
     )
 
 
+# A run with an LLM ----------------------------------------------------------------------------------------------------
+def written(sheet: int, count: int = 4) -> Written:
+    return Written(sheet, f"texts{sheet}", f"drafts{sheet}", 100 + sheet, count, f"llm{sheet}", {"short": 1}, 50.0 + sheet)
+
+
+def judged(id: str, device: str, sheet: int, size: int = 30) -> Judged:
+    return Judged(id, device, sheet, f"blob-{id}", size, 10, {"accuracy": 0.75})
+
+
+def judgment(device: str, sheet: int) -> Judgment:
+    return Judgment(device, sheet, 10, {"accuracy": 0.75})
+
+
+def trained(device: str, version: int) -> Trained:
+    return Trained(device, version, 10, {"loss": 0.5})
+
+
+def judge(state: State, message: Judgment, id: str = "new") -> Judged | Receipt:
+    return coordinator.judge(state, message, id, f"blob-{id}", 30)
+
+
+DECIDED_EVENTS: tuple[Event, ...] = (*AT_0_EVENTS, written(0), judged("j1", "d1", 0), Decided(0, "judged0", 3, 0.75))
+DECIDED = replay(*DECIDED_EVENTS)
+
+
+def test_a_training_that_stays_is_counted() -> None:
+    """The device has answered the version, its numbers are kept; nothing waits to be averaged."""
+    state = apply(AT_0, Kept("k1", "d1", 0, 7, {"loss": 0.5}))
+
+    assert state == replace(
+        AT_0,
+        devices={**AT_0.devices, "d1": Device("one", trained=0)},
+        receipts={"k1": Receipt("k1", 0)},
+        measurements=(Measurement("kept", "d1", 0, 7, {"loss": 0.5}),),
+    )
+
+
+def test_a_written_sheet_is_open() -> None:
+    """It knows its blobs and who wrote it, and nobody has judged it; the version stays."""
+    state = apply(AT_0, written(0))
+
+    assert state == replace(AT_0, sheets=(Sheet("texts0", "drafts0", 100, 4, "llm0", 50.0),))
+    assert (state.sheets[0].ballots, state.sheets[0].judged, state.lines) == ((), "", 0)
+
+
+def test_a_judgment_is_a_ballot_of_its_sheet() -> None:
+    """Sheet, device and receipt remember it, in order of arrival; the measurement names the sheet."""
+    state = replay(*AT_0_EVENTS, written(0), judged("j2", "d2", 0, size=20), judged("j1", "d1", 0, size=30))
+
+    assert state.sheets[0].ballots == (Ballot("d2", "blob-j2"), Ballot("d1", "blob-j1"))
+    assert state.devices == {
+        "d1": Device("one", judged=0, uploaded_bytes=30),
+        "d2": Device("two", judged=0, uploaded_bytes=20),
+    }
+    assert state.receipts == {"j2": Receipt("j2", 0), "j1": Receipt("j1", 0)}
+    assert state.measurements[1] == Measurement("judgment", "d1", 0, 10, {"accuracy": 0.75})
+
+
+def test_a_decision_makes_a_version() -> None:
+    """The sheet joins the feed, and devices start from the same adapter again."""
+    assert (DECIDED.version, DECIDED.adapters, DECIDED.feed, DECIDED.lines) == (1, ("a0", "a0"), (0,), 3)
+    assert DECIDED.sheets == (Sheet("texts0", "drafts0", 100, 4, "llm0", 50.0, (Ballot("d1", "blob-j1"),), "judged0", 3, 0.75),)
+
+
+def test_what_the_llm_learned_is_the_next_adapter() -> None:
+    """Tuning changes nothing but the list of the LLM's adapters."""
+    assert apply(DECIDED, Tuned(0, "llm1", 0.5)) == replace(DECIDED, tuned=("llm1",))
+    assert replay(Tuned(0, "a", 1.0), Tuned(1, "b", 0.5)).tuned == ("a", "b")
+
+
+def test_a_withdrawal_is_a_line_of_the_feed() -> None:
+    """It comes after what there was, and before what comes."""
+    state = replay(*DECIDED_EVENTS, Withdrawn("0-a"), written(1), Decided(1, "judged1", 2, 0.5))
+
+    assert state.feed == (0, "0-a", 1)
+    assert state.lines == 3 + 1 + 2
+    assert state.version == 2
+
+
+def test_a_training_that_stays_follows_the_rules_of_an_update() -> None:
+    """First receipt again, one for each version, of versions that are; the event has what the message says."""
+    state = replay(*DECIDED_EVENTS, Kept("k1", "d1", 0, 10, {}))
+
+    assert coordinator.keep(state, trained("d1", 0), "k1") == Receipt("k1", 1)
+    assert coordinator.keep(state, trained("d1", 1), "k2") == Kept("k2", "d1", 1, 10, {"loss": 0.5})
+    assert code(lambda: coordinator.keep(state, trained("d1", 0), "k2")) == ("already-answered", 409)
+    assert code(lambda: coordinator.keep(state, trained("d1", 2), "k2")) == ("unknown-version", 409)
+    assert code(lambda: coordinator.keep(state, trained("d9", 0), "k1")) == ("unknown-device", 403)
+
+
+def test_a_judgment_is_taken_once() -> None:
+    """The same bytes get their first receipt, also when the sheet is decided; other bytes are refused."""
+    judging = replay(*AT_0_EVENTS, written(0), judged("j1", "d1", 0))
+
+    assert judge(judging, judgment("d2", 0)) == Judged("new", "d2", 0, "blob-new", 30, 10, {"accuracy": 0.75})
+    assert judge(judging, judgment("d1", 0), "j1") == judge(DECIDED, judgment("d1", 0), "j1") == Receipt("j1", 0)
+    assert code(lambda: judge(judging, judgment("d1", 0))) == ("already-answered", 409)
+
+
+def test_a_judgment_that_helps_nobody_is_refused() -> None:
+    """A decided sheet, one that is not written, and a stranger each have their code."""
+    assert code(lambda: judge(DECIDED, judgment("d2", 0))) == ("too-stale", 409)
+    assert code(lambda: judge(DECIDED, judgment("d9", 0), "j1")) == ("unknown-device", 403)
+    for sheet in (-1, 1, 10**30):
+        assert code(lambda sheet=sheet: judge(DECIDED, judgment("d2", sheet))) == ("unknown-sheet", 409)  # type: ignore[misc]
+    assert coordinator.sheet_of(DECIDED, 0) is DECIDED.sheets[0]
+
+
+def test_a_sample_is_withdrawn_once() -> None:
+    """A known sample makes an event, a second wish none, an unknown one is refused."""
+    assert coordinator.withdraw(DECIDED, "0-a", {"0-a", "0-b"}) == Withdrawn("0-a")
+    assert coordinator.withdraw(apply(DECIDED, Withdrawn("0-a")), "0-a", {"0-a"}) is None
+    assert code(lambda: coordinator.withdraw(DECIDED, "0-c", {"0-a", "0-b"})) == ("unknown-sample", 404)
+
+
+def test_status_tells_of_sheets() -> None:
+    """What was written, judged and accepted; -1 while that is open."""
+    state = replay(*DECIDED_EVENTS, written(1, count=9), judged("j2", "d2", 1))
+
+    assert coordinator.status(state, "crosslm", False).sheets == (SheetStatus(4, 1, 3, 0.75), SheetStatus(9, 1, -1, -1.0))
+
+
 # Any sequence ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Enroll:
@@ -393,3 +533,118 @@ def test_every_update_is_folded_once_in_order_of_arrival(sequence: list[object])
 
     assert made.folded + [buffered.blob for buffered in made.state.buffer] == arrived
     assert len(made.folded) == BUFFER_SIZE * max(made.state.version, 0)
+
+
+# Any sequence of a run with an LLM ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Answer:
+    """A device's training or judgment of the version or sheet `behind` the newest."""
+
+    kind: str
+    device: str
+    behind: int
+    body: int
+
+
+@dataclass(frozen=True)
+class Advance:
+    """The server takes its next step: writes, decides what somebody has judged, or learns."""
+
+    samples: int
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The operator withdraws a sample of a sheet."""
+
+    sheet: int
+    sample: int
+
+
+moves = st.one_of(
+    st.builds(
+        Answer,
+        st.sampled_from(["trained", "judgment", "judgment"]),
+        st.sampled_from(["a", "b", "c", "stranger"]),
+        st.sampled_from([0, 0, 0, 1, 2, -1]),
+        st.integers(0, 1),
+    ),
+    st.builds(Advance, st.integers(0, 4)),
+    st.builds(Drop, st.integers(0, 3), st.integers(0, 4)),
+)
+
+
+@dataclass
+class Learning:
+    """A run with an LLM beside a bookkeeper of the feed."""
+
+    events: list[Event] = field(default_factory=lambda: [Published(0, "a0", 0), *(Enrolled(d, d) for d in "abc")])
+    feed: list[str] = field(default_factory=list)
+    answers: dict[str, list[Receipt]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = replay(*self.events)
+
+    def handle(self, move: object) -> None:
+        state = self.state
+        number = len(state.sheets) - 1
+        match move:
+            case Answer(kind, device, behind, body):
+                about = (state.version if kind == "trained" else number) - behind
+                id = f"{kind} {body} of {device} for {about}"
+                decision = (
+                    coordinator.keep(state, trained(device, about), id)
+                    if kind == "trained"
+                    else judge(state, judgment(device, about), id)
+                )
+                if not isinstance(decision, Receipt):
+                    self._record(decision)
+                self.answers.setdefault(id, []).append(self.state.receipts[id])
+            case Advance(samples) if number >= 0 and not state.sheets[number].judged:
+                if state.sheets[number].ballots:
+                    self._record(Decided(number, f"judged{number}", samples, 0.5))
+                    self.feed += [f"{number}-{i}" for i in range(samples)]
+            case Advance():
+                self._record(Tuned(number, f"llm{number}", 0.5) if len(state.tuned) <= number else written(number + 1))
+            case Drop(sheet, sample):
+                if event := coordinator.withdraw(state, f"{sheet}-{sample}", {x for x in self.feed if not x.startswith("gone")}):
+                    self._record(event)
+                    self.feed.append(f"gone {event.sample}")
+
+    def _record(self, event: Event) -> None:
+        self.events.append(event)
+        self.state = apply(self.state, event)
+
+
+def learn(sequence: list[object]) -> Learning:
+    made = Learning()
+    for move in sequence:
+        try:
+            made.handle(move)
+        except WireError as error:
+            known = {"unknown-device", "unknown-version", "unknown-sheet", "unknown-sample", "already-answered", "too-stale"}
+            if error.code not in known:
+                raise
+    return made
+
+
+@strategies.fuzzing
+@given(st.lists(moves, max_size=60))
+def test_replaying_a_run_with_an_llm_gives_the_same_state(sequence: list[object]) -> None:
+    """Rule 1 for sheets, judgments and the feed, through JSON."""
+    made = learn(sequence)
+
+    assert replay(*map(through_json, made.events)) == made.state
+
+
+@strategies.fuzzing
+@given(st.lists(moves, max_size=60))
+def test_sheets_judgments_and_versions_add_up(sequence: list[object]) -> None:
+    """Each device judges a sheet once, a version is a decided sheet, and the feed has as many lines as the bookkeeper's."""
+    made = learn(sequence)
+    pairs = [(event.device, event.sheet) for event in made.events if isinstance(event, Judged)]
+
+    assert len(pairs) == len(set(pairs)) == sum(len(sheet.ballots) for sheet in made.state.sheets)
+    assert made.state.version == sum(bool(sheet.judged) for sheet in made.state.sheets) == len(made.state.adapters) - 1
+    assert made.state.lines == len(made.feed)
+    assert all(receipts == [made.state.receipts[id]] * len(receipts) for id, receipts in made.answers.items())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import random
+import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,15 +20,31 @@ import pytest
 from edge_sdk import wire
 from edge_sdk.adapters import Arrays, read_peft
 from edge_sdk.errors import SettingsError, WireError
-from edge_sdk.protocol import Evaluation, Receipt, Update
+from edge_sdk.protocol import Evaluation, Finished, Predict, Receipt, Sample, Train, Trained, Update, Wait, Withdrawal
 from edge_server import coordinator
+from edge_server import ledger as ledgers
 from edge_server import settings as run_settings
-from edge_server.coordinator import Accepted, Enrolled, Evaluated, Published, State
+from edge_server.compute import JobFailed
+from edge_server.coordinator import Accepted, Ballot, Decided, Enrolled, Evaluated, Judged, Kept, Published, State, Tuned, Written
 from edge_server.ledger import Ledger
+from edge_server.llm.jobs import Label, Texts, Tune, Write
+from edge_server.llm.jobs import Tuned as Learned
 from edge_server.settings import AdapterSettings, RunSettings
 from tests import factories
 from tests import server_helpers as helpers
-from tests.server_helpers import open_ledger, settings, take, upload, work_through
+from tests.server_helpers import (
+    Hang,
+    Simulator,
+    judgment,
+    open_ledger,
+    settings,
+    sheet,
+    take,
+    train,
+    upload,
+    with_llm,
+    work_through,
+)
 
 
 async def with_devices(data: Path, run: RunSettings | None = None, devices: int = 2) -> Ledger:
@@ -446,3 +465,212 @@ async def test_a_run_keeps_its_id(tmp_path: Path) -> None:
     assert run == again.manifest.run != other.manifest.run
     again.close()
     other.close()
+
+
+# A run with an LLM ----------------------------------------------------------------------------------------------------
+@contextlib.asynccontextmanager
+async def learning(
+    data: Path, llm: Simulator | None = None, run: RunSettings | None = None, **more: Any
+) -> AsyncIterator[Ledger]:
+    """An open ledger that knows `d1` and `d2` and takes its steps by itself; ended as a server ends it."""
+    ledger = open_ledger(data, run or with_llm(), compute=llm or Simulator(), **more)
+    await ledger.open()
+    for device in ("d1", "d2"):
+        await ledger.enroll(device, device)
+    maker = asyncio.create_task(ledger.make_versions())
+    try:
+        yield ledger
+    finally:
+        maker.cancel()
+        await asyncio.wait([maker])
+        await ledger.rest()
+        ledger.close()
+
+
+async def has_sheet(ledger: Ledger, number: int) -> None:
+    await helpers.until(lambda: len(ledger.state.sheets) > number)
+
+
+async def learn(ledger: Ledger) -> None:
+    """Both devices do what they are told until there is nothing left for them."""
+    over: set[str] = set()
+    while len(over) < 2:
+        for device in ("d1", "d2"):
+            match ledger.plan(device, can_train=True):
+                case Train(version):
+                    await train(ledger, device, version)
+                case Predict(number):
+                    await ledger.take_judgment(judgment(device, number, sheet(ledger, number)))
+                case Wait():
+                    await asyncio.sleep(0.002)
+                case Finished():
+                    over.add(device)
+    await helpers.until(lambda: ledger.status().finished)
+
+
+async def test_a_run_with_an_llm_goes_to_its_end(tmp_path: Path) -> None:
+    """Two sheets are written, judged, decided and learned from; everything is on disk, and the LLM is closed with the server."""
+    llm, said = Simulator(), list[str]()
+    async with learning(tmp_path, llm, say=said.append) as ledger:
+        await learn(ledger)
+        feed = await ledger.synthetic(0, 100)
+        state = ledger.state
+
+    kinds = [type(event) for event in helpers.events(tmp_path) if not isinstance(event, Enrolled | Kept | Judged)]
+    assert kinds == [Published, Written, Decided, Tuned, Written, Decided, Tuned]
+    assert state == replayed(tmp_path)
+    assert (state.version, [len(s.ballots) for s in state.sheets], [s.samples for s in state.sheets]) == (2, [2, 2], [6, 6])
+    assert [line.seq for line in feed] == list(range(1, 13))
+    assert [type(job) for job in llm.jobs] == [Write, Write, Tune, Write, Label, Write, Tune]
+    assert llm.closed
+    assert said == [
+        "sheet 0: 8 texts written, dropped: none",
+        "sheet 0: 6 accepted (75%); version 1",
+        "the LLM learned from sheet 0, loss 0.500",
+        "sheet 1: 8 texts written, dropped: none",
+        "sheet 1: 6 accepted (75%); version 2",
+        "the LLM learned from sheet 1, loss 0.500",
+    ]
+
+
+async def test_a_judgment_is_on_disk_before_its_receipt(tmp_path: Path) -> None:
+    """Another process finds event and bytes; after a restart the same judgment gets the same receipt and counts once."""
+    async with learning(tmp_path) as ledger:
+        await has_sheet(ledger, 0)
+        body = judgment("d1", 0, sheet(ledger))
+        receipt = await ledger.take_judgment(body)
+        sha256 = hashlib.sha256(body).hexdigest()
+        assert receipt == Receipt(wire.update_id("d1", 0, sha256), 0)
+        assert helpers.events(tmp_path)[-1] == Judged(receipt.id, "d1", 0, sha256, len(body), 10, {"accuracy": 0.9})
+        assert (tmp_path / "blobs" / sha256).read_bytes() == body
+    async with learning(tmp_path) as again:
+        assert await again.take_judgment(body) == receipt
+        assert again.state.sheets[0].ballots == (Ballot("d1", sha256),)
+
+
+async def test_of_five_judgments_at_once_one_counts(tmp_path: Path) -> None:
+    """A device has one vote for a sheet, and the refused ones leave no blobs."""
+    async with learning(tmp_path) as ledger:
+        await has_sheet(ledger, 0)
+        before = helpers.blobs(tmp_path)
+        bodies = [judgment("d1", 0, sheet(ledger), num_examples=10 + i) for i in range(5)]
+        answers = await asyncio.gather(*map(ledger.take_judgment, bodies), return_exceptions=True)
+
+        assert sorted(answer.code for answer in answers if isinstance(answer, WireError)) == ["already-answered"] * 4
+        assert len(helpers.blobs(tmp_path) - before) == len(ledger.state.sheets[0].ballots) == 1
+
+
+@pytest.mark.parametrize("after", range(1, 19))
+async def test_a_restart_at_any_event_goes_on(tmp_path: Path, after: int) -> None:
+    """Whatever was on disk when the server died, the run ends as an undisturbed one: same blobs, same feed."""
+    async with learning(tmp_path / "undisturbed") as ledger:
+        await learn(ledger)
+        feed, state = await ledger.synthetic(0, 100), ledger.state
+    log = helpers.events(tmp_path / "undisturbed")
+    assert len(log) == 1 + 2 + 2 * (1 + 2 + 2 + 2) + 2  # start, devices; of each version its sheet, judgments, steps, trainings
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "died")
+    with contextlib.closing(sqlite3.connect(tmp_path / "died" / "events.sqlite", isolation_level=None)) as disk:
+        disk.execute("DELETE FROM events WHERE seq > ?", [after])
+    async with learning(tmp_path / "died") as again:
+        await learn(again)
+
+        assert await again.synthetic(0, 100) == feed
+        assert again.state.tuned == state.tuned
+        assert [s.judged for s in again.state.sheets] == [s.judged for s in state.sheets]
+        assert again.state == replayed(tmp_path / "died")
+
+
+async def test_an_llm_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is told, devices are served all the while, and the next try may succeed."""
+    monkeypatch.setattr(ledgers, "RETRY_SECONDS", 0.05)
+    llm = Simulator([JobFailed("the LLM cannot write: out of memory")] * 10**6)
+    async with learning(tmp_path, llm) as ledger:
+        await helpers.until(lambda: len(llm.jobs) > 2)
+        assert ledger.trouble == "version 1 cannot be made: the LLM cannot write: out of memory"
+        assert isinstance(ledger.plan("d1", can_train=True), Train)
+        assert (await train(ledger, "d1", 0)).version == 0
+        assert ledger.plan("d1", can_train=True) == Wait(0.25)
+        llm.troubles.clear()
+        await has_sheet(ledger, 0)
+        await helpers.until(lambda: not ledger.trouble)
+
+
+async def test_trouble_ends_with_the_step_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the next sheet is written, which may take hours, nobody is told of a lesson that failed before."""
+    monkeypatch.setattr(ledgers, "RETRY_SECONDS", 0.05)
+    llm = Simulator()
+    async with learning(tmp_path, llm) as ledger:
+        await has_sheet(ledger, 0)
+        llm.troubles += [JobFailed("the LLM cannot tune")] * 10**6
+        for device in ("d1", "d2"):
+            await ledger.take_judgment(judgment(device, 0, sheet(ledger)))
+        await helpers.until(lambda: bool(ledger.trouble))
+        llm.troubles[:] = []
+        llm.troubles += [Texts((("x",),) * 5, 0.0), Learned(0.5, 0.0), Hang()]
+        await helpers.until(lambda: len(ledger.state.tuned) == 1)
+        await helpers.until(lambda: not llm.troubles)
+        assert ledger.trouble == ""
+        assert len(ledger.state.sheets) == 1
+
+
+async def test_devices_are_served_while_the_llm_hangs(tmp_path: Path) -> None:
+    """Reports are answered, and the server can be stopped; on restart the job is asked again."""
+    async with learning(tmp_path, Simulator([Hang()])) as ledger:
+        assert (await train(ledger, "d1", 0)).version == 0
+        assert ledger.plan("d1", can_train=True) == Wait(0.25)
+        assert ledger.trouble == ""
+    async with learning(tmp_path) as again:
+        await has_sheet(again, 0)
+
+
+async def test_a_deadline_decides_with_one_answer(tmp_path: Path) -> None:
+    """Nobody waits for ever for a second judge: once time is up, the one there is counts."""
+    hours = [1000.0]
+    run = with_llm(deadline_seconds=0.3, judges=2, versions=1)
+    async with learning(tmp_path, run=run, now=lambda: hours[0]) as ledger:
+        await has_sheet(ledger, 0)
+        await ledger.take_judgment(judgment("d1", 0, sheet(ledger)))
+        await asyncio.sleep(0.02)
+        assert ledger.state.version == 0
+        hours[0] = 1000.4
+        await helpers.until(lambda: len(ledger.state.tuned) == 1)
+
+        assert len(ledger.state.sheets[0].ballots) == 1
+
+
+async def test_a_withdrawn_sample_stays_withdrawn(tmp_path: Path) -> None:
+    """One line of the feed, however often it is asked for, also after a restart; an unknown sample is refused."""
+    async with learning(tmp_path) as ledger:
+        await learn(ledger)
+        first = (await ledger.synthetic(0, 1))[0]
+        for _ in range(3):
+            await ledger.withdraw(first.id)
+        with pytest.raises(WireError) as refused:
+            await ledger.withdraw("nobody")
+        feed = await ledger.synthetic(0, 100)
+    async with learning(tmp_path) as again:
+        assert await again.synthetic(0, 100) == feed
+        await again.withdraw(first.id)
+        assert again.state.lines == 13
+
+    assert (refused.value.code, refused.value.status) == ("unknown-sample", 404)
+    assert isinstance(first, Sample)
+    assert feed[12:] == [Withdrawal(13, first.id)]
+
+
+async def test_each_system_takes_its_own_results(tmp_path: Path) -> None:
+    """What stays on a device cannot be uploaded to a run that does not average, nor a mere word to one that does."""
+    async with learning(tmp_path / "crosslm") as ledger:
+        blobs = helpers.blobs(tmp_path / "crosslm")
+        with pytest.raises(WireError) as upload_refused:
+            await take(ledger, upload("d1", 0))
+        assert ledger.state.buffer == ()
+        assert not any(name.startswith("incoming") for name in helpers.blobs(tmp_path / "crosslm") - blobs)
+    plain = await with_devices(tmp_path / "lpfl")
+    before = plain.state
+    with pytest.raises(WireError) as word_refused:
+        await plain.take_trained(Trained("d1", 0, 10, {}), "0" * 64)
+
+    assert [(e.value.code, e.value.status) for e in (upload_refused, word_refused)] == [("wrong-system", 404)] * 2
+    assert plain.state == before
+    plain.close()

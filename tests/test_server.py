@@ -8,12 +8,13 @@ import hashlib
 import json
 import random
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import ClientError, ClientResponse
+from aiohttp import ClientError, ClientResponse, ClientSession
 from numpy.typing import NDArray
 from safetensors.numpy import save
 from yarl import URL
@@ -22,13 +23,33 @@ from edge_sdk import wire
 from edge_sdk.adapters import read_peft
 from edge_sdk.bundle import File
 from edge_sdk.errors import Refused
-from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Manifest, Message, Problem, Receipt, Train, Wait
+from edge_sdk.protocol import (
+    PROTOCOL,
+    Ask,
+    Enroll,
+    Evaluation,
+    Judgment,
+    Line,
+    Manifest,
+    Message,
+    Predict,
+    Problem,
+    Receipt,
+    Sample,
+    Train,
+    Trained,
+    Wait,
+    Withdraw,
+    Withdrawal,
+)
 from edge_sdk.transport import Api, HttpTransport
-from edge_sdk.wire import JSON_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
+from edge_sdk.wire import JSON_TYPE, JUDGMENT_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
 from edge_server import handlers
+from edge_server import ledger as ledgers
+from edge_server.compute import JobFailed
 from tests import factories
 from tests import server_helpers as helpers
-from tests.server_helpers import Running, running, settings, tensors, upload, with_message
+from tests.server_helpers import Running, Simulator, judgment, running, settings, sheet, tensors, upload, with_llm, with_message
 
 EVALUATION = {"result": "evaluation", "device": "d2", "version": 3, "num_examples": 20, "metrics": {"accuracy": 0.75}}
 UPDATE = {"result": "update", "device": "d2", "version": 3, "num_examples": 20, "metrics": {"loss": 0.5}}
@@ -593,3 +614,243 @@ async def test_a_body_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: p
         assert b"too-slow" in answer
         assert not list((tmp_path / "blobs").glob("incoming-*"))
         writer.close()
+
+
+# A run with an LLM ----------------------------------------------------------------------------------------------------
+@asynccontextmanager
+async def learning(data: Path, llm: Simulator | None = None) -> AsyncIterator[Running]:
+    """A run with a simulated LLM that knows the devices d1 and d2, with its first sheet open."""
+    async with running(data, with_llm(), llm or Simulator()) as made:
+        await made.enroll("d1", "d2")
+        await helpers.until(lambda: len(made.ledger.state.sheets) == 1)
+        yield made
+
+
+@pytest.fixture
+async def judging(tmp_path: Path) -> AsyncIterator[Running]:
+    async with learning(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def decided(judging: Running) -> Running:
+    """Sheet 0 is decided: six samples are in the feed; sheet 1 is open."""
+    for device in ("d1", "d2"):
+        await judging.send(judgment(device, 0, sheet(judging.ledger)), JUDGMENT_TYPE)
+    await helpers.until(lambda: len(judging.ledger.state.sheets) == 2)
+    return judging
+
+
+async def feed(server: Running, query: str = "") -> list[Line]:
+    answer = await server.client.get(f"/v1/synthetic{query}")
+    assert (answer.status, answer.content_type) == (200, "application/x-ndjson")
+    return wire.unpack_lines(await answer.read(), Line)  # type: ignore[arg-type]  # a union is fine for msgspec
+
+
+async def test_a_device_judges_over_http(judging: Running) -> None:
+    """It trains, gets the sheet's blob, answers, and the status counts it; the same bytes again get the first receipt."""
+    await post(judging, "/v1/results", encode(Trained("d1", 0, 10, {"accuracy": 0.5})))
+    work = wire.decode(await (await post(judging, "/v1/work", encode(Ask("d1", True)))).read(), Predict)
+    blob = await (await judging.client.get(f"/v1/blobs/{work.sheet}")).read()
+    body = judgment("d1", work.version, sheet(judging.ledger))
+    receipts = [await judging.send(body, JUDGMENT_TYPE) for _ in range(2)]
+    status = await judging.status()
+
+    assert (work.version, work.size, work.count) == (0, len(blob), 8)
+    assert b"day:" not in blob  # prompts stay on the server
+    assert receipts == [Receipt(wire.update_id("d1", 0, hashlib.sha256(body).hexdigest()), 0)] * 2
+    assert [(s.written, s.judges, s.accepted) for s in status.sheets] == [(8, 1, -1)]
+    assert [(m.kind, m.version) for m in status.measurements] == [("kept", 0), ("judgment", 0)]
+
+
+async def test_the_feed_can_be_read_in_pages(decided: Running) -> None:
+    """`since` is the last line somebody has, `limit` how many more it wants."""
+    lines = await feed(decided)
+
+    assert [line.seq for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert await feed(decided, "?since=4") == lines[4:]
+    assert await feed(decided, "?since=1&limit=2") == lines[1:3]
+    assert await feed(decided, "?limit=0") == await feed(decided, "?since=6") == await feed(decided, "?since=1099511627776") == []
+
+
+@pytest.mark.parametrize(
+    "query", ["since=-1", "since=", "since=a", "since=1.0", "since=%D9%A1", "since=1099511627777", "limit=1001", "limit=1e3"]
+)
+async def test_a_query_that_is_no_number_is_refused(decided: Running, query: str) -> None:
+    """Whole ASCII numbers within bounds, nothing else."""
+    answer = await decided.client.get(URL(f"/v1/synthetic?{query}", encoded=True))
+
+    assert answer.status == 400
+    assert (await problem(answer)).code == "bad-query"
+
+
+async def test_a_page_that_has_not_changed_is_not_sent_again(decided: Running) -> None:
+    """304 without a body for the ETag of the same page; another one once the feed has grown."""
+    etag = (await decided.client.get("/v1/synthetic")).headers["ETag"]
+    again = await decided.client.get("/v1/synthetic", headers={"If-None-Match": f'"other", {etag}'})
+    other = await decided.client.get("/v1/synthetic?since=1", headers={"If-None-Match": etag})
+    await post(decided, "/v1/synthetic/withdraw", encode(Withdraw((await feed(decided))[0].id)))
+    grown = await decided.client.get("/v1/synthetic", headers={"If-None-Match": etag})
+
+    assert (again.status, await again.read(), again.headers["ETag"]) == (304, b"", etag)
+    assert [other.status, grown.status] == [200, 200]
+    assert grown.headers["ETag"] not in (etag, other.headers["ETag"])
+
+
+async def test_a_page_is_compressed_for_who_wants_it(decided: Running) -> None:
+    """The same lines, with gzip and without."""
+    url = decided.client.make_url("/v1/synthetic")
+    async with ClientSession(auto_decompress=False) as session:
+        packed = await session.get(url, headers={"Accept-Encoding": "gzip"})
+        plain = await session.get(url, headers={"Accept-Encoding": "identity"})
+
+        assert packed.headers["Content-Encoding"] == "gzip"
+        assert "Content-Encoding" not in plain.headers
+        assert gzip.decompress(await packed.read()) == await plain.read()
+
+
+async def test_a_sample_is_withdrawn_over_http(decided: Running) -> None:
+    """The feed gets one line more, once; an unknown sample is a problem."""
+    first = (await feed(decided))[0]
+    answers = [await post(decided, "/v1/synthetic/withdraw", encode(Withdraw(first.id))) for _ in range(2)]
+    unknown = await post(decided, "/v1/synthetic/withdraw", encode(Withdraw("nobody")))
+    lines = await feed(decided)
+
+    assert isinstance(first, Sample)
+    assert [answer.status for answer in answers] == [200, 200]
+    assert (unknown.status, (await problem(unknown)).code) == (404, "unknown-sample")
+    assert lines[6:] == [Withdrawal(7, first.id)]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind", "body"),
+    [
+        ("GET", "/v1/synthetic", JSON_TYPE, b""),
+        ("POST", "/v1/synthetic/withdraw", JSON_TYPE, encode(Withdraw("0-a"))),
+        ("POST", "/v1/results", JUDGMENT_TYPE, wire.pack_judgment(Judgment("d1", 0, 1, {}), np.zeros((8, 2), np.uint8))),
+        ("POST", "/v1/results", JSON_TYPE, encode(Trained("d1", 0, 10, {}))),
+    ],
+)
+async def test_a_run_without_an_llm_has_no_synthetic_data(
+    server: Running, method: str, path: str, kind: str, body: bytes
+) -> None:
+    """Everything that belongs to another system is one 404."""
+    before = await traces(server)
+    answer = await server.client.request(method, path, data=body, headers={"Content-Type": kind})
+
+    assert answer.status == 404
+    assert (await problem(answer)).code == "wrong-system"
+    assert await traces(server) == before
+
+
+def says(answer: NDArray[np.uint8] | None = None, **changes: Any) -> bytes:
+    """A judgment of sheet 0 by d2 that is good but for these changes."""
+    fields = {"device": "d2", "version": 0, "num_examples": 10, "metrics": {"accuracy": 0.9}, **changes}
+    return wire.pack_judgment(Judgment(**fields), np.full((8, 2), 7, np.uint8) if answer is None else answer)
+
+
+GOOD_HEADER, GOOD_ANSWER = helpers.parts(says())
+
+
+def entry(**changes: object) -> bytes:
+    """A judgment that is good but for what its header says of the tensor."""
+    return tensors({**GOOD_HEADER, "answer": {**GOOD_HEADER["answer"], **changes}}, GOOD_ANSWER)
+
+
+REFUSED_JUDGMENTS = [
+    pytest.param(says(np.zeros((7, 2), np.uint8)), "wrong-shape", 422, id="a text too few"),
+    pytest.param(says(np.zeros((8, 3), np.uint8)), "wrong-shape", 422, id="a class too many"),
+    pytest.param(says(np.zeros((8, 1), np.uint8)), "wrong-shape", 422, id="another form"),
+    pytest.param(entry(dtype="F32"), "wrong-shape", 422, id="float32, which could be NaN"),
+    pytest.param(entry(data_offsets=[0, 15]), "bad-tensors", 400, id="a byte too few"),
+    pytest.param(entry(shape=[2**40, 2**40]), "wrong-shape", 422, id="a shape of 2^80"),
+    pytest.param(says() + b"0", "bad-tensors", 400, id="a byte too many"),
+    pytest.param(says()[:20], "bad-tensors", 400, id="cut off"),
+    pytest.param(b"", "bad-tensors", 400, id="no body"),
+    pytest.param(upload("d2", 0), "bad-message", 400, id="an update"),
+    pytest.param(encode(Trained("d2", 0, 10, {})), "bad-tensors", 400, id="JSON"),
+    pytest.param(says(version=1), "unknown-sheet", 409, id="a sheet that is not written"),
+    pytest.param(says(version=2**70), "unknown-sheet", 409, id="sheet 2^70"),
+    pytest.param(says(version=-1), "bad-message", 400, id="sheet -1"),
+    pytest.param(says(covers=(2,)), "bad-message", 400, id="covers a class that is none"),
+    pytest.param(says(covers=(-1,)), "bad-message", 400, id="covers class -1"),
+    pytest.param(says(covers=(0,) * 65), "bad-message", 400, id="covers too much"),
+    pytest.param(says(num_examples=-1), "bad-message", 400, id="negative examples"),
+    pytest.param(says(metrics={"m" * 65: 0.0}), "bad-message", 400, id="a long metric"),
+    pytest.param(says(device="stranger"), "unknown-device", 403, id="a stranger"),
+    pytest.param(says(device="d1"), "already-answered", 409, id="a second judgment"),
+    pytest.param(bytes(MAX_JSON + 1), "too-large", 413, id="a huge body"),
+]
+
+
+@pytest.mark.parametrize(("body", "code", "status"), REFUSED_JUDGMENTS)
+async def test_a_bad_judgment_is_refused_without_a_trace(judging: Running, body: bytes, code: str, status: int) -> None:
+    """Whatever is wrong with a judgment has its code; no blob, no event, no vote comes of it."""
+    await judging.send(judgment("d1", 0, sheet(judging.ledger)), JUDGMENT_TYPE)
+    before = await traces(judging)
+    document = await problem(await post(judging, "/v1/results", body, JUDGMENT_TYPE))
+
+    assert (document.code, document.status) == (code, status)
+    assert await traces(judging) == before
+
+
+async def test_a_judgment_comes_too_late(decided: Running) -> None:
+    """A decided sheet takes no more votes."""
+    await decided.enroll("d3")
+    document = await problem(await post(decided, "/v1/results", says(device="d3"), JUDGMENT_TYPE))
+
+    assert (document.code, document.status) == ("too-stale", 409)
+
+
+@pytest.mark.parametrize("kind", [JSON_TYPE, TENSORS_TYPE])
+async def test_a_judgment_under_another_type_is_refused(judging: Running, kind: str) -> None:
+    """A judgment is known by its content type; as anything else it is nothing."""
+    before = await traces(judging)
+    answer = await post(judging, "/v1/results", says(), kind)
+
+    assert 400 <= answer.status < 500
+    assert (await problem(answer)).code == ("bad-message" if kind == JSON_TYPE else "wrong-system")
+    assert await traces(judging) == before
+
+
+async def test_the_refused_judgments_are_wrong_in_one_thing_only(judging: Running) -> None:
+    """The judgment the cases above start from is accepted as it is."""
+    await judging.send(tensors(GOOD_HEADER, GOOD_ANSWER), JUDGMENT_TYPE)
+
+
+async def test_no_damaged_judgment_is_a_server_error(judging: Running) -> None:
+    """200 judgments with a random byte changed, cut or doubled: each is taken or refused, never a 5xx."""
+    rng = random.Random(5)
+    statuses = set()
+    for _ in range(200):
+        body = bytearray(says())
+        at = rng.randrange(len(body))
+        match rng.choice(["flip", "cut", "double"]):
+            case "flip":
+                body[at] ^= 1 << rng.randrange(8)
+            case "cut":
+                del body[at : at + rng.randint(1, 9)]
+            case _:
+                body[at:at] = body[at : at + rng.randint(1, 9)]
+        statuses.add((await post(judging, "/v1/results", bytes(body), JUDGMENT_TYPE)).status)
+
+    assert statuses <= {200, 400, 403, 409, 422}
+    assert {400, 422} <= statuses
+
+
+async def test_an_llm_that_fails_is_told_to_whoever_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 with the reason while the LLM fails; devices get work all the same, and once it works all is well."""
+    monkeypatch.setattr(ledgers, "RETRY_SECONDS", 0.05)
+    llm = Simulator([JobFailed("the LLM cannot write: no memory")] * 10**6)
+    async with running(tmp_path, with_llm(), llm) as server:
+        await helpers.until(lambda: bool(server.ledger.trouble))
+        answer = await server.client.get("/healthz")
+        assert (answer.status, await answer.text()) == (503, "version 1 cannot be made: the LLM cannot write: no memory\n")
+        await server.enroll("d1")
+        wire.decode(await (await post(server, "/v1/work", encode(Ask("d1", True)))).read(), Train)
+        assert await feed(server) == []
+
+        llm.troubles.clear()
+        await helpers.until(lambda: len(server.ledger.state.sheets) == 1 and not server.ledger.trouble)
+        assert (await server.client.get("/healthz")).status == 200
+    assert llm.closed

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.protocol import Evaluate, Finished, Train, Wait
+from edge_sdk.protocol import Evaluate, Finished, Predict, Train, Wait
 from edge_sdk.session import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
@@ -42,11 +42,13 @@ from tests import strategies  # noqa: F401  # its hypothesis profile
 TRAIN = Train(1, "ab" * 32, Training(), SoftLabels(), 0)
 EVALUATE = Evaluate(1, "ab" * 32)
 FINISHED = Finished(2, "cd" * 32)
+PREDICT = Predict(0, "ab" * 32, "ef" * 32, 100, 2, "agree")
+WORKS = (TRAIN, PREDICT, EVALUATE, FINISHED)
 
 seconds = st.floats(0, 10_000)
 answers: dict[type, st.SearchStrategy[Any]] = {
     AskForWork: st.one_of(
-        st.sampled_from([Assigned(TRAIN), Assigned(EVALUATE), Assigned(FINISHED), Rejected("unknown-device")]),
+        st.sampled_from([*(Assigned(work) for work in WORKS), Rejected("unknown-device")]),
         st.builds(Assigned, st.builds(Wait, seconds)),
         st.builds(NoAnswer, seconds),
     ),
@@ -55,9 +57,10 @@ answers: dict[type, st.SearchStrategy[Any]] = {
     Drop: st.just(Woke()),
     Sleep: st.just(Woke()),
 }
-ACTIONS: list[Action] = [AskForWork(), Do(TRAIN), Send(), Drop("too-stale"), Sleep(1.0), Stop()]
+ACTIONS: list[Action] = [AskForWork(), Do(TRAIN), Do(PREDICT), Send(), Drop("too-stale"), Sleep(1.0), Stop()]
 EVENTS: list[Event] = [
     Assigned(TRAIN),
+    Assigned(PREDICT),
     Assigned(Wait(1.0)),
     Assigned(FINISHED),
     Worked(),
@@ -96,6 +99,7 @@ def doing(action: Action) -> Session:
     ("before", "event", "after"),
     [
         (AskForWork(), Assigned(TRAIN), Do(TRAIN)),
+        (AskForWork(), Assigned(PREDICT), Do(PREDICT)),
         (AskForWork(), Assigned(EVALUATE), Do(EVALUATE)),
         (AskForWork(), Assigned(Wait(2.5)), Sleep(2.5)),
         (AskForWork(), Assigned(FINISHED), Do(FINISHED)),
@@ -103,6 +107,8 @@ def doing(action: Action) -> Session:
         (Do(FINISHED), WorkFailed("damaged"), Sleep(PAUSE_AFTER_FAILED_WORK)),
         (AskForWork(), Rejected("unknown-device"), Sleep(PAUSE_AFTER_FAILED_WORK)),
         (Do(TRAIN), Worked(), Send()),
+        (Do(PREDICT), Worked(), Send()),
+        (Do(PREDICT), WorkFailed("damaged"), Sleep(PAUSE_AFTER_FAILED_WORK)),
         (Do(EVALUATE), Worked(), Send()),
         (Do(TRAIN), WorkFailed("no torch"), Sleep(PAUSE_AFTER_FAILED_WORK)),
         (Send(), Delivered(), AskForWork()),
@@ -218,9 +224,10 @@ def test_the_same_action_is_repeated_after_longer_and_longer_pauses(action: Acti
     assert actions == [Sleep(0.5), action, Sleep(1.0), action, Sleep(2.0), action, Sleep(4.0), action]
 
 
-def test_work_that_lost_the_network_is_asked_for_again() -> None:
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: type(work).__name__)
+def test_work_that_lost_the_network_is_asked_for_again(work: Train | Predict | Evaluate | Finished) -> None:
     """Work whose adapter could not be fetched may be outdated by the time the network is back, so it is asked for anew."""
-    assert run(Session(Do(TRAIN)), NoAnswer(), Woke()) == [Sleep(0.5), AskForWork()]
+    assert run(Session(Do(work)), NoAnswer(), Woke()) == [Sleep(0.5), AskForWork()]
 
 
 def test_success_forgets_failures() -> None:

@@ -13,7 +13,10 @@ from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Task
 from edge_sdk.training.batches import Training
 from edge_server import settings as run_settings
+from edge_server.knowledge.filters import Filter
+from edge_server.llm.jobs import LlmSettings, Tuning
 from edge_server.settings import AdapterSettings, RunSettings
+from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.lpfl import LpFl
 from tests import factories
 
@@ -285,3 +288,80 @@ def test_top_layers_picks_those_nearest_the_output() -> None:
     assert modules(AdapterSettings(modules=("query",), top_layers=1)) == ["10 query"]
     assert modules(AdapterSettings(modules=("query", "key"), top_layers=9)) == ["2 query", "2 key", "10 query", "10 key"]
     assert modules(AdapterSettings(modules=("value",), top_layers=99)) == ["0 value", "1 value", "2 value", "10 value"]
+
+
+# A run with an LLM ----------------------------------------------------------------------------------------------------
+CROSSLM: dict[str, Lines] = {"": {"system": '"crosslm"'}, "task": TASK, "crosslm": {"prompts": '["a {label} film"]'}}
+
+
+def with_crosslm(folder: Path, section: str, key: str, value: str) -> Path:
+    """A good file of a run with an LLM but for one line."""
+    return toml(folder, {**CROSSLM, section: {**CROSSLM.get(section, {}), key: value}})
+
+
+def test_prompts_are_all_a_run_with_an_llm_needs(tmp_path: Path) -> None:
+    """Everything else has a default, and devices are told the system."""
+    loaded = run_settings.load(toml(tmp_path, CROSSLM))
+    made = run_settings.manifest(loaded, factories.bundle())
+
+    assert (loaded.system, loaded.crosslm, made.system) == ("crosslm", CrossLm(("a {label} film",)), "crosslm")
+
+
+def test_every_table_of_a_run_with_an_llm_reaches_its_settings(tmp_path: Path) -> None:
+    """Values land where the file puts them."""
+    tables: dict[str, Lines] = {
+        **CROSSLM,
+        "crosslm": {**CROSSLM["crosslm"], "names": '["poor", "fine"]', "form": '"agree"', "judges": "7"},
+        "crosslm.filter": {"min_words": "2"},
+        "crosslm.llm": {"model": '"here"', "layers": "3"},
+        "crosslm.training": {"steps": "5"},
+        "crosslm.tuning": {"contrast": '"none"'},
+    }
+
+    assert run_settings.load(toml(tmp_path, tables)).crosslm == CrossLm(
+        ("a {label} film",),
+        ("poor", "fine"),
+        form="agree",
+        judges=7,
+        filter=Filter(min_words=2),
+        llm=LlmSettings("here", layers=3),
+        training=Training(steps=5),
+        tuning=Tuning(contrast="none"),
+    )
+
+
+@pytest.mark.parametrize("section", ["crosslm", "crosslm.filter", "crosslm.llm", "crosslm.training", "crosslm.tuning"])
+def test_an_unknown_key_of_a_run_with_an_llm_is_named(tmp_path: Path, section: str) -> None:
+    """As everywhere in the file."""
+    with pytest.raises(SettingsError, match=r"run\.toml: .*`colour`"):
+        run_settings.load(with_crosslm(tmp_path, section, "colour", "1"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("crosslm", "prompts", "[]", "prompts"),
+        ("crosslm", "prompts", '["a film"]', r"\{label\}"),
+        ("crosslm", "names", '["poor"]', "names one name for each"),
+        ("crosslm", "names", '["a", "b", "c"]', "names one name for each"),
+        ("crosslm", "form", '"words"', "form"),
+        ("crosslm", "judges", "0", "judges"),
+        ("crosslm.filter", "similar", "0", "similar"),
+        ("crosslm.llm", "tries", "0", "tries"),
+        ("crosslm.training", "steps", "0", "steps"),
+        ("crosslm.tuning", "leash", "-1", "weights"),
+    ],
+)
+def test_a_wrong_value_of_a_run_with_an_llm_is_named(tmp_path: Path, section: str, key: str, value: str, said: str) -> None:
+    """Before a server starts, with file and setting."""
+    with pytest.raises(SettingsError, match=rf"run\.toml: .*{said}"):
+        run_settings.load(with_crosslm(tmp_path, section, key, value))
+
+
+def test_a_run_with_an_llm_needs_its_table_and_labels() -> None:
+    """Without prompts there is nothing to write, without labels nothing to judge; a run that averages needs neither."""
+    with pytest.raises(SettingsError, match=r"table \[crosslm\]"):
+        RunSettings(factories.ENCODER_TASK, "crosslm")
+    with pytest.raises(SettingsError, match="needs a task with labels"):
+        RunSettings(Task((), "{text}", (), answer_tokens=8), "crosslm", crosslm=CrossLm(("{label}",)))
+    assert RunSettings(factories.ENCODER_TASK).crosslm is None

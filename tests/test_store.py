@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import DataError
-from edge_sdk.store import WORK, Parcel, Store
+from edge_sdk.protocol import Line, Sample, Withdrawal
+from edge_sdk.store import CURSOR, WORK, Parcel, Store
 from edge_sdk.tasks import Example, Private, Task
 from tests import strategies  # noqa: F401  # its hypothesis profile
 
@@ -253,6 +254,104 @@ def test_a_new_answer_replaces_the_old(store: Store) -> None:
     store.add("2 + 2", "four")
 
     assert store.private(ANSWERS).labelled == (Example("2 + 2", answer="four"),)
+
+
+# Synthetic data -------------------------------------------------------------------------------------------------------
+def sample(seq: int, name: str = "") -> Sample:
+    return Sample(seq, name or f"s{seq}", f"text {seq}", "yes", (0.25, 0.75), 0.75, 2, "llm", "ab" * 32)
+
+
+def test_lines_are_kept_in_order_with_all_their_fields(opened: Callable[[], Store]) -> None:
+    """Page after page, samples come back as they were, oldest first, up to the line asked for; the cursor is the last line."""
+    store = opened()
+    assert (store.cursor, store.synthetic(99)) == (0, [])
+    store.take_lines([sample(1), sample(2)])
+    store.take_lines([sample(3)])
+    store.take_lines([])
+
+    assert store.cursor == 3
+    assert [store.synthetic(until) for until in range(4)] == [[sample(i + 1) for i in range(until)] for until in range(4)]
+    store.close()
+    assert (opened().cursor, opened().synthetic(3)) == (3, [sample(1), sample(2), sample(3)])
+
+
+def test_a_withdrawn_sample_is_gone(opened: Callable[[], Store]) -> None:
+    """A withdrawal is a line like any other for the cursor; its sample goes, whenever it came, and no other."""
+    store = opened()
+    store.take_lines([sample(1), sample(2), Withdrawal(3, "s2"), sample(4), Withdrawal(5, "nobody")])
+    assert (store.cursor, store.synthetic(9)) == (5, [sample(1), sample(4)])
+    store.take_lines([Withdrawal(6, "s1")])
+    store.close()
+
+    assert (opened().cursor, opened().synthetic(9)) == (6, [sample(4)])
+
+
+@settings(max_examples=20)  # each on a disk of its own
+@given(st.lists(st.booleans(), max_size=12), st.data())
+def test_pages_of_any_size_leave_the_same(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[bool], data: st.DataObject
+) -> None:
+    """However the feed is cut into pages, the store holds the samples that no later line withdraws."""
+    names = st.sampled_from("abc")
+    lines: list[Line] = [sample(i, f"s{i}") for i in range(1, 4)]
+    for seq, keeps in enumerate(kinds, 4):
+        lines.append(sample(seq) if keeps else Withdrawal(seq, f"s{data.draw(names.map('abc'.index)) + 1}"))
+    store = Store(tmp_path_factory.mktemp("home"))
+    rest = list(lines)
+    while rest:
+        size = data.draw(st.integers(1, 5))
+        store.take_lines(rest[:size])
+        rest = rest[size:]
+    gone = {line.id for line in lines if isinstance(line, Withdrawal)}
+
+    assert store.synthetic(99) == [line for line in lines if isinstance(line, Sample) and line.id not in gone]
+    assert store.cursor == len(lines)
+    store.close()
+
+
+def test_lines_that_stop_coming_leave_nothing(store: Store) -> None:
+    """Lines and cursor are one transaction: a page that fails in the middle neither adds, drops nor moves anything."""
+    store.take_lines([sample(1)])
+
+    def failing() -> Iterator[Line]:
+        yield sample(2)
+        yield Withdrawal(3, "s1")
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        store.take_lines(failing())
+    assert (store.cursor, store.synthetic(9)) == (1, [sample(1)])
+    store.take_lines([sample(2)])
+    assert (store.cursor, store.synthetic(9)) == (2, [sample(1), sample(2)])
+
+
+def test_a_run_is_forgotten_with_its_cursor(opened: Callable[[], Store]) -> None:
+    """What belongs to another run is dropped, the next feed is read from its start, and other facts stay."""
+    store = opened()
+    store.set_fact("version", "3")
+    store.take_lines([sample(1), sample(2)])
+    store.drop_synthetic()
+    store.drop_synthetic()
+
+    again = opened()
+    assert (again.cursor, again.synthetic(9), again.fact("version")) == (0, [], "3")
+    again.take_lines([sample(1, "other")])
+    assert again.synthetic(9) == [sample(1, "other")]
+
+
+def test_samples_and_cursor_are_dropped_together(store: Store) -> None:
+    """Where the cursor cannot be dropped, the samples stay too: a cursor without its samples would never ask for them again."""
+    store.take_lines([sample(1)])
+    with sqlite3.connect(store.home / "device.sqlite") as database:
+        database.execute(
+            f"CREATE TRIGGER t BEFORE DELETE ON facts WHEN old.name = '{CURSOR}' BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    database.close()
+
+    with pytest.raises(sqlite3.IntegrityError):
+        store.drop_synthetic()
+    assert (store.cursor, store.synthetic(9)) == (1, [sample(1)])
+    store.set_fact("version", "1")  # and the store goes on
 
 
 # Outbox ---------------------------------------------------------------------------------------------------------------

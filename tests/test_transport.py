@@ -20,7 +20,21 @@ from aiohttp.test_utils import TestServer
 from edge_sdk import wire
 from edge_sdk.bundle import File
 from edge_sdk.errors import AssetError, Refused, SettingsError, Unreachable, WireError
-from edge_sdk.protocol import Evaluate, Evaluation, Finished, Measurement, Problem, Status, Train, Update, Wait, Work
+from edge_sdk.protocol import (
+    Evaluate,
+    Evaluation,
+    Finished,
+    Measurement,
+    Problem,
+    Sample,
+    Status,
+    Train,
+    Update,
+    Wait,
+    Withdraw,
+    Withdrawal,
+    Work,
+)
 from edge_sdk.testing import ServerSimulator
 from edge_sdk.training.batches import Training
 from edge_sdk.transport import Api, HttpTransport, Response
@@ -83,7 +97,7 @@ def in_front_of(simulator: ServerSimulator) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         headers = {"Content-Type": request.headers.get("Content-Type", "")}
-        found = await simulator.request(request.method, request.path, await request.read(), headers, limit=1 << 30)
+        found = await simulator.request(request.method, request.path_qs, await request.read(), headers, limit=1 << 30)
         return web.Response(status=found.status, body=found.body, headers=dict(found.headers))
 
     return handle
@@ -130,6 +144,34 @@ async def test_results_arrive_as_they_were_sent(api: Api, simulator: ServerSimul
     assert simulator.results == [UPDATE, evaluation]
     assert first.id == hashlib.sha256(UPDATE_BODY).hexdigest()
     assert (first.version, second.version) == (0, 1)
+
+
+async def test_the_feed_is_read_page_by_page(api: Api, simulator: ServerSimulator) -> None:
+    """A page has at most as many lines as asked for, after the one named; both kinds of line come back, and then none."""
+    sample = Sample(1, "a", "a great film", "good", (0.25, 0.75), 0.75, 0, "llm", "")
+    simulator.feed = [sample, Withdrawal(2, "a"), Withdrawal(3, "b")]
+
+    assert await api.synthetic(0, 2) == [sample, Withdrawal(2, "a")]
+    assert await api.synthetic(2, 2) == [Withdrawal(3, "b")]
+    assert await api.synthetic(3, 2) == []
+    assert simulator.requests[0] == ("GET", "/v1/synthetic?since=0&limit=2")
+
+
+async def test_a_sample_is_withdrawn_by_its_id() -> None:
+    """The operator's word is one message with the id; an id nobody knows is a refusal."""
+    seen: list[tuple[str, str, Withdraw]] = []
+    unknown = wire.encode(Problem("urn:x", "x", 404, "unknown-sample", "no such sample"))
+
+    async def handle(request: web.Request) -> web.Response:
+        seen.append((request.method, request.path, wire.decode(await request.read(), Withdraw)))
+        return web.Response(status=404, body=unknown, content_type=PROBLEM_TYPE) if seen[1:] else web.Response(status=200)
+
+    async with serving(handle) as api:
+        await api.withdraw("a")
+        with pytest.raises(Refused, match="unknown-sample"):
+            await api.withdraw("b")
+
+    assert seen == [("POST", "/v1/synthetic/withdraw", Withdraw(id)) for id in ("a", "b")]
 
 
 async def test_a_refusal_has_code_sentence_and_status(api: Api, simulator: ServerSimulator) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from edge_sdk import wire
@@ -29,19 +31,28 @@ from edge_sdk.protocol import (
     Evaluate,
     Evaluation,
     Finished,
+    Judgment,
+    Line,
     Manifest,
+    Mix,
+    Predict,
     Problem,
     Receipt,
     Result,
+    Sample,
     Status,
+    Text,
     Train,
+    Trained,
     Update,
     Wait,
+    Withdraw,
+    Withdrawal,
     Work,
 )
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.training.batches import Training
-from edge_sdk.wire import MAX_EXAMPLES, MAX_HEADER, MAX_JSON, MAX_METRICS, MAX_TENSORS
+from edge_sdk.wire import MAX_EXAMPLES, MAX_HEADER, MAX_JSON, MAX_METRICS, MAX_TENSORS, MAX_TEXT, MAX_TEXTS
 from tests import factories, strategies
 from tests.golden import regenerate
 
@@ -53,7 +64,21 @@ DELTA = factories.SPEC.start(1)
 BODY = wire.pack(UPDATE, DELTA)
 MESSAGE = wire.encode(UPDATE).decode()
 DATA_SIZE = 4 * sum(math.prod(shape) for shape in SHAPES.values())
-KINDS: tuple[Any, ...] = (Update, Evaluation, Work, Ask, Enroll, Manifest, Receipt, Problem, Status)
+KINDS: tuple[Any, ...] = (
+    Update,
+    Evaluation,
+    Trained,
+    Judgment,
+    Work,
+    Ask,
+    Enroll,
+    Manifest,
+    Receipt,
+    Problem,
+    Status,
+    Line,
+    Withdraw,
+)
 
 
 def framed(header: bytes, data: bytes = bytes(DATA_SIZE)) -> bytes:
@@ -171,6 +196,9 @@ def test_an_evaluation_comes_back(evaluation: Evaluation) -> None:
     [
         Train(2, "ab" * 32, Training(steps=3), SoftLabels(growth=8), 7),
         Train(0, "ab" * 32, Training(), None, 1),
+        Train(0, "ab" * 32, Training(), None, 1, synthetic=Mix(7, 0.5, 4), share=False),
+        Predict(3, "ab" * 32, "cd" * 32, 1234, 7, "agree"),
+        Predict(3, "ab" * 32, "cd" * 32, 1234, 7, "probabilities"),
         Evaluate(4, "cd" * 32),
         Wait(1.5),
         Finished(9, "ef" * 32),
@@ -479,6 +507,8 @@ def test_a_long_reason_is_cut() -> None:
         Update("d", 0, 1, {}),
         Update("d", 0, MAX_EXAMPLES, {"n" * MAX_METRICS: -1e308}),
         Evaluation("d", 0, 0, {f"m{i}": 0.0 for i in range(MAX_METRICS)}),
+        Trained("d", 0, 1, {"accuracy": 1.0}),
+        Judgment("d", 0, 0, {}, tuple(range(MAX_METRICS))),
     ],
 )
 def test_results_at_their_limits_are_fine(result: Result) -> None:
@@ -495,6 +525,9 @@ def test_results_at_their_limits_are_fine(result: Result) -> None:
         (Update("d", 0, MAX_EXAMPLES + 1, {}), "bad-message"),
         (Update("d", -1, 1, {}), "bad-message"),
         (Evaluation("d", 0, -1, {}), "bad-message"),
+        (Trained("d", 0, 0, {}), "bad-message"),
+        (Trained("d", 0, 1, {"accuracy": math.nan}), "not-finite"),
+        (Judgment("d", 0, 0, {}, tuple(range(MAX_METRICS + 1))), "bad-message"),
         (Update("d", 0, 1, {"n" * (MAX_METRICS + 1): 0.0}), "bad-message"),
         (Update("d", 0, 1, {f"m{i}": 0.0 for i in range(MAX_METRICS + 1)}), "bad-message"),
         (Update("d", 0, 1, {"loss": math.nan}), "not-finite"),
@@ -514,3 +547,326 @@ def test_unpack_checks_the_message_too() -> None:
 
     assert refusal(wire.pack(Update("d", 0, 0, {}), delta)) == "bad-message"
     assert refusal(wire.pack(Update("d", -1, 1, {}), delta)) == "bad-message"
+
+
+# Judgments ------------------------------------------------------------------------------------------------------------
+JUDGMENT = Judgment("device", 3, 16, {"accuracy": 0.75}, (0, 1))
+ANSWER = np.array([[255, 0], [128, 127], [1, 254]], np.uint8)
+JUDGED = wire.pack_judgment(JUDGMENT, ANSWER)
+RIGHT = {"dtype": "U8", "shape": [3, 2], "data_offsets": [0, 6]}
+
+
+def judged(entry: object, data: bytes = ANSWER.tobytes(), message: str = wire.encode(JUDGMENT).decode(), **more: Any) -> bytes:
+    """A judgment with this entry for its answer."""
+    return framed(json.dumps({"__metadata__": {"message": message}, "answer": entry, **more}).encode(), data)
+
+
+def check_judgment(body: bytes) -> tuple[Judgment, Any] | None:
+    """`unpack_judgment` under the invariant: a checked value, or None where it raised a WireError that can be told."""
+    found = attempt(lambda: wire.unpack_judgment(body, lambda _: (3, 2)))
+    if isinstance(found, WireError):
+        check_refusal(found, {"bad-tensors", "wrong-shape", "not-finite", "bad-message"})
+        return None
+    judgment, answer = found
+    wire.check_result(judgment)
+    assert answer.dtype == np.uint8
+    assert answer.shape == (3, 2)
+    assert wire.decode(wire.encode(judgment), Judgment) == judgment
+    return found
+
+
+def refused(body: bytes, shape: tuple[int, int] = (3, 2)) -> str:
+    """The code `unpack_judgment` refuses with."""
+    with pytest.raises(WireError) as caught:
+        wire.unpack_judgment(body, lambda _: shape)
+    check_refusal(caught.value, {caught.value.code})
+    return caught.value.code
+
+
+@given(strategies.judgments(), hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=5)))
+def test_a_judgment_comes_back_byte_for_byte(judgment: Judgment, answer: NDArray[np.uint8]) -> None:
+    """unpack_judgment is the inverse of pack_judgment; the bytes are the same every time, and any safetensors reader's."""
+    body = wire.pack_judgment(judgment, answer)
+    asked: list[Judgment] = []
+
+    def shape(told: Judgment) -> tuple[int, int]:
+        asked.append(told)
+        return answer.shape[0], answer.shape[1]
+
+    found, read = wire.unpack_judgment(body, shape)
+    assert (found, asked) == (judgment, [judgment])
+    assert strategies.same({"answer": read}, {"answer": answer})
+    assert read.flags.writeable  # its own memory, not the request's
+    assert wire.pack_judgment(judgment, np.asfortranarray(answer)) == body
+    if answer.size:  # the reference reader divides by the size
+        assert strategies.same(load(body), {"answer": answer})
+
+
+def test_a_judgment_in_bytes() -> None:
+    """The form on the wire is a header of U8 and n * width bytes, row by row; a client in another language writes just this."""
+    assert JUDGED[-6:] == bytes([255, 0, 128, 127, 1, 254])
+    header = json.loads(JUDGED[8 : 8 + struct.unpack("<Q", JUDGED[:8])[0]])
+    message = json.loads(header.pop("__metadata__")["message"])
+
+    assert header == {"answer": RIGHT}
+    assert message == {
+        "result": "judgment",
+        "device": "device",
+        "version": 3,
+        "num_examples": 16,
+        "metrics": {"accuracy": 0.75},
+        "covers": [0, 1],
+    }
+    found = check_judgment(judged(RIGHT))
+    assert found is not None
+    assert found[0] == JUDGMENT
+    assert found[1].tolist() == ANSWER.tolist()
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (save({"answer": ANSWER}), "bad-message"),
+        (save({"answer": ANSWER}, {"format": "pt"}), "bad-message"),
+        (judged(RIGHT, message=MESSAGE), "bad-message"),  # of an update
+        (judged(RIGHT, message="{"), "bad-message"),
+        (save({"answers": ANSWER}, {"message": wire.encode(JUDGMENT).decode()}), "wrong-shape"),
+        (save({}, {"message": wire.encode(JUDGMENT).decode()}), "wrong-shape"),
+        (judged(RIGHT, more=RIGHT), "wrong-shape"),
+        (save({"answer": ANSWER.astype(np.float32)}, {"message": wire.encode(JUDGMENT).decode()}), "wrong-shape"),
+        (save({"answer": ANSWER.view(np.int8)}, {"message": wire.encode(JUDGMENT).decode()}), "wrong-shape"),
+        (save({"answer": ANSWER.T.copy()}, {"message": wire.encode(JUDGMENT).decode()}), "wrong-shape"),
+        (save({"answer": ANSWER.reshape(6)}, {"message": wire.encode(JUDGMENT).decode()}), "wrong-shape"),
+        (save({"answer": ANSWER[:2]}, {"message": wire.encode(JUDGMENT).decode()}), "wrong-shape"),
+        (judged(RIGHT | {"strides": [2, 1]}), "wrong-shape"),
+        (judged(RIGHT | {"shape": [-3, -2]}), "wrong-shape"),
+        (judged(RIGHT | {"shape": [10**400, 10**400]}), "wrong-shape"),
+        (judged(RIGHT | {"data_offsets": [0, 5]}), "bad-tensors"),
+        (judged(RIGHT | {"data_offsets": [1, 7]}, bytes(7)), "bad-tensors"),
+        (judged(RIGHT | {"data_offsets": [-6, 0]}), "bad-tensors"),
+        (judged(RIGHT, bytes(5)), "bad-tensors"),
+        (judged(RIGHT, bytes(7)), "bad-tensors"),
+        (JUDGED + b"\0", "bad-tensors"),
+        (JUDGED[:7], "bad-tensors"),
+        (b"", "bad-tensors"),
+    ],
+)
+def test_what_is_no_judgment_is_refused(body: bytes, code: str) -> None:
+    """Message, name, type, shape and place of the answer are as they must be, or the code says which is not."""
+    assert refused(body) == code
+
+
+def test_an_answer_to_another_sheet_is_refused() -> None:
+    """What the sheet needs decides; where there is no such sheet, the refusal is the caller's own."""
+
+    def unknown(_: Judgment) -> tuple[int, int]:
+        raise WireError("unknown-sheet", "no sheet 3", 409)
+
+    assert refused(JUDGED, (3, 1)) == refused(JUDGED, (4, 2)) == refused(JUDGED, (2, 3)) == "wrong-shape"
+    with pytest.raises(WireError) as caught:
+        wire.unpack_judgment(JUDGED, unknown)
+    assert (caught.value.code, caught.value.status) == ("unknown-sheet", 409)
+
+
+@pytest.mark.parametrize(
+    ("judgment", "code"),
+    [
+        (Judgment("d", 0, 1, {}, tuple(range(MAX_METRICS + 1))), "bad-message"),
+        (Judgment("d", 0, -1, {}), "bad-message"),
+        (Judgment("d", -1, 1, {}), "bad-message"),
+        (Judgment("d", 0, MAX_EXAMPLES + 1, {}), "bad-message"),
+        (Judgment("d", 0, 1, {"n" * (MAX_METRICS + 1): 0.0}), "bad-message"),
+    ],
+)
+def test_a_judgment_out_of_bounds_is_refused(judgment: Judgment, code: str) -> None:
+    """Counts, versions, names and covers have bounds; the most covers, and no example at all, are fine."""
+    assert refused(wire.pack_judgment(judgment, ANSWER)) == code
+    most = Judgment("d", 0, 0, {}, tuple(range(MAX_METRICS)))
+    assert wire.unpack_judgment(wire.pack_judgment(most, ANSWER), lambda _: (3, 2))[0] == most
+
+
+@strategies.fuzzing
+@given(st.binary(max_size=400))
+def test_random_bytes_are_no_judgment_or_a_valid_one(body: bytes) -> None:
+    """The invariant holds for any bytes, bare and behind an honest header length."""
+    check_judgment(body)
+    check_judgment(framed(body, ANSWER.tobytes()))
+
+
+@strategies.fuzzing
+@given(strategies.damaged(JUDGED))
+def test_damaged_judgments_are_refused_or_valid(body: bytes) -> None:
+    """The invariant holds for valid judgments with bytes changed, lost or added."""
+    check_judgment(body)
+
+
+@strategies.fuzzing
+@given(
+    st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "more"]), strategies.json_values, max_size=2),
+    st.dictionaries(st.sampled_from(["device", "version", "num_examples", "metrics", "covers"]), strategies.json_values),
+)
+@example({}, {"covers": [10**400]})
+@example({"shape": [10**300, 10**300]}, {})
+def test_judgments_of_any_json_are_refused_or_valid(entry: dict[str, Any], fields: dict[str, Any]) -> None:
+    """The invariant holds where any field of the entry or of the message has any JSON value."""
+    check_judgment(judged(RIGHT | entry, message=json.dumps(msgspec.to_builtins(JUDGMENT) | fields)))
+
+
+# Lines ----------------------------------------------------------------------------------------------------------------
+SAMPLE = Sample(1, "a", "a great film", "good", (0.25, 0.75), 0.75, 0, "llm", "ab" * 32)
+TEXT = Text("a", "a great film", 1)
+
+
+def lines_of(body: bytes, kind: Any) -> list[Any]:
+    """`unpack_lines` for a union too, of which mypy cannot speak."""
+    return wire.unpack_lines(body, kind)
+
+
+def check_lines(body: bytes, kind: Any) -> None:
+    """`unpack_lines` under the invariant: lines within their bounds, or a WireError that can be told."""
+    found = attempt(lambda: lines_of(body, kind))
+    if isinstance(found, WireError):
+        check_refusal(found, {"bad-message", "too-large"})
+        assert found.detail.isprintable()
+        return
+    assert len(found) <= MAX_TEXTS
+    assert lines_of(wire.pack_lines(found), kind) == found
+    for line in found:
+        if not isinstance(line, Withdrawal):
+            assert line.text.isprintable()
+            assert 0 < len(line.text) <= MAX_TEXT
+            assert 0 < len(line.id) <= MAX_METRICS
+        if isinstance(line, Sample):
+            assert all(0 <= p <= 1 for p in (*line.soft, line.quality))
+            assert sum(line.soft) > 0
+
+
+def refused_lines(*lines: msgspec.Struct, kind: Any = Text) -> str:
+    with pytest.raises(WireError) as caught:
+        wire.unpack_lines(wire.pack_lines(lines), kind)
+    return caught.value.code
+
+
+@given(st.lists(strategies.texts(), max_size=5))
+def test_a_sheet_comes_back(texts: list[Text]) -> None:
+    """unpack_lines is the inverse of pack_lines, one line a text, and the same texts give the same bytes."""
+    body = wire.pack_lines(texts)
+
+    assert wire.unpack_lines(body, Text) == texts
+    assert body.count(b"\n") == len(texts)
+    assert wire.pack_lines(iter(texts)) == body
+
+
+@given(st.lists(strategies.samples() | st.builds(Withdrawal, st.integers(0, 2**60), st.text(max_size=9)), max_size=5))
+def test_a_page_of_the_feed_comes_back(lines: list[Line]) -> None:
+    """Samples and withdrawals keep their order and every field."""
+    assert lines_of(wire.pack_lines(lines), Line) == lines
+
+
+def test_lines_at_their_limits_are_fine() -> None:
+    """The bounds themselves are allowed: the longest text, in its longest bytes, the longest id, certainty, the most lines."""
+    longest = Text("i" * MAX_METRICS, "\N{GRINNING FACE}" * MAX_TEXT, 0)
+    quoted = Text("a", '"' * MAX_TEXT, 0)
+    certain = msgspec.structs.replace(SAMPLE, soft=(0.0, 1.0), quality=1.0)
+
+    assert wire.unpack_lines(wire.pack_lines([longest, quoted]), Text) == [longest, quoted]
+    assert wire.unpack_lines(wire.pack_lines([certain]), Sample) == [certain]
+    assert len(wire.unpack_lines(wire.pack_lines([TEXT] * MAX_TEXTS), Text)) == MAX_TEXTS
+    assert wire.unpack_lines(b"", Text) == []
+    assert wire.unpack_lines(wire.encode(TEXT), Text) == [TEXT]  # without a last line end
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        Text("", "a text", 0),
+        Text("i" * (MAX_METRICS + 1), "a text", 0),
+        Text("a", "", 0),
+        Text("a", "x" * (MAX_TEXT + 1), 0),
+        *(Text("a", f"a{c}text", 0) for c in "\n\r\t\0\x1b\x7f\x85\u2028\u202e\u200b\ufeff"),
+        msgspec.structs.replace(SAMPLE, text="two\nlines"),
+        msgspec.structs.replace(SAMPLE, id=""),
+        msgspec.structs.replace(SAMPLE, soft=(0.0, 1.0001)),
+        msgspec.structs.replace(SAMPLE, soft=(-0.1, 1.0)),
+        msgspec.structs.replace(SAMPLE, soft=(0.0, 0.0)),
+        msgspec.structs.replace(SAMPLE, soft=()),
+        msgspec.structs.replace(SAMPLE, quality=1.0001),
+        msgspec.structs.replace(SAMPLE, quality=-0.1),
+    ],
+)
+def test_a_line_out_of_bounds_is_refused(line: Text | Sample) -> None:
+    """Ids and texts of no length or too much, what moves a terminal's cursor, and what is no probability, beside a good line."""
+    good = TEXT if isinstance(line, Text) else SAMPLE
+
+    assert refused_lines(good, line, kind=type(line)) == "bad-message"
+
+
+def test_too_many_and_too_long_lines_are_not_parsed() -> None:
+    """One line over the limit is refused, whatever is in it; and so is a line too long, though it is no JSON."""
+    for body in (b"[\n" * (MAX_TEXTS + 1), b"[" * (16 * MAX_TEXT + 1), wire.pack_lines([TEXT]) + b"[" * 1_000_000):
+        with pytest.raises(WireError) as caught:
+            wire.unpack_lines(body, Text)
+        assert (caught.value.code, caught.value.status) == ("too-large", 413)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"id":"a","text":"b","label":1,"more":1}',
+        b'{"id":"a","text":"b"}',
+        b'{"id":"a","text":"b","label":"1"}',
+        b'{"id":"a","text":"b","label":1.0}',
+        b'{"id":"a","text":"\\ud800","label":1}',
+        b'{"id":"a","text":"\xff","label":1}',
+        b'{"id":"a","text":"b","label":1}{"id":"a","text":"b","label":1}',
+        b'\n{"id":"a","text":"b","label":1}',
+        b"\n",
+        b"null",
+        wire.encode(SAMPLE),
+    ],
+)
+def test_a_line_that_is_no_text_is_refused(body: bytes) -> None:
+    """Each line is exactly one value of its kind: no other field, none missing, none of another type, no empty line."""
+    with pytest.raises(WireError, match="bad-message"):
+        wire.unpack_lines(body, Text)
+
+
+def test_a_refusal_never_says_what_moves_a_cursor() -> None:
+    """A message with a hostile name in it is refused in one printable line."""
+    with pytest.raises(WireError) as caught:
+        wire.unpack_lines(b'{"id":"a","text":"b","label":1,"x\\ny\\u001b[2J":2}', Text)
+    assert caught.value.detail == "not a valid message: Object contains unknown field `x?y?[2J`"
+
+
+@strategies.fuzzing
+@given(st.binary(max_size=200), st.sampled_from([Text, Line]))
+def test_random_bytes_are_no_lines_or_valid_ones(body: bytes, kind: Any) -> None:
+    """The invariant holds for any bytes."""
+    check_lines(body, kind)
+
+
+@strategies.fuzzing
+@given(strategies.damaged(wire.pack_lines([TEXT, TEXT])), strategies.damaged(wire.pack_lines([SAMPLE, Withdrawal(2, "a")])))
+def test_damaged_lines_are_refused_or_valid(sheet: bytes, feed: bytes) -> None:
+    """The invariant holds for a sheet and a feed with bytes changed, lost or added."""
+    check_lines(sheet, Text)
+    check_lines(feed, Line)
+
+
+@strategies.fuzzing
+@given(st.dictionaries(st.sampled_from(["id", "text", "label", "soft", "quality", "seq"]), strategies.json_values, max_size=2))
+def test_lines_of_any_json_are_refused_or_valid(fields: dict[str, Any]) -> None:
+    """The invariant holds where any field of a line has any JSON value."""
+    for good, kind in ((TEXT, Text), (SAMPLE, Line)):
+        check_lines(json.dumps(msgspec.to_builtins(good) | fields).encode() + b"\n", kind)
+
+
+# Bounds of what is mixed in -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "mix", ['{"until":-1}', '{"until":9223372036854775808}', '{"until":1,"weight":-0.5}', '{"until":1,"batch_size":0}']
+)
+def test_a_mix_out_of_bounds_is_refused(mix: str) -> None:
+    """What no device could do is refused where the work is read; a weight of zero, and no line at all, are fine."""
+    with pytest.raises(WireError, match=r"mix\.until and mix\.weight must not be negative"):
+        wire.decode(mix.encode(), Mix)
+    assert wire.decode(b'{"until":0,"weight":0}', Mix) == Mix(0, 0.0)

@@ -39,7 +39,8 @@ class Author:
 
     Args:
         settings: of the run. task: its labels.
-        blobs: where sheets, judgments and adapters lie. compute: where the LLM runs.
+        blobs: where sheets, judgments and adapters lie.
+        compute: where the LLM runs. writer: what writes the sheets, if not the LLM.
         embed: finds near duplicates; None compares words alone.
         now: seconds since the epoch.
     """
@@ -50,6 +51,7 @@ class Author:
     compute: Compute
     embed: Embed | None
     now: Callable[[], float]
+    writer: Compute | None = None
 
     async def carry_out(self, step: Step, state: State) -> Written | Decided | Tuned:
         """Raises: JobFailed, DataError, OSError: it cannot be done now."""
@@ -60,12 +62,12 @@ class Author:
         return await self._tune(step.number, state)
 
     async def _write(self, number: int, state: State) -> Written:
-        settings, adapter = self.settings, state.tuned[-1] if state.tuned else ""
+        settings, adapter = self.settings, state.tuned[-1] if state.tuned and self.writer is None else ""
         asked = crosslm.prompts(settings.prompts, settings.names or self.task.labels)
         each = -(-settings.samples // len(asked))
         sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.seed * 1_000_000 + number * 1000)
         job = Write(self._file(adapter), tuple(prompt for prompt, _ in asked), (each,) * len(asked), sampling)
-        outcome = _expect(await self.compute.run(job), Texts)
+        outcome = _expect(await (self.writer or self.compute).run(job), Texts)
         drafts = [
             Draft(prompt, label, filters.clean(text))
             for (prompt, label), texts in zip(asked, outcome.texts, strict=True)
@@ -81,7 +83,7 @@ class Author:
         if not kept:
             reasons = ", ".join(f"{count} {name}" for name, count in why.most_common())
             raise DataError(f"the LLM wrote nothing usable ({reasons}); other crosslm.prompts or crosslm.filter may help")
-        some = [drafts[i] for i in kept]
+        some = [drafts[i] for i in kept][: wire.MAX_TEXTS]  # devices read no more
         texts = wire.pack_lines(crosslm.texts_of(some, number))
         return Written(
             number, self.blobs.put(texts), self.blobs.put(_pack(some)), len(texts), len(some), adapter, dict(why), self.now()
@@ -91,7 +93,7 @@ class Author:
         drafts = await asyncio.to_thread(self._drafts, sheet)
         written = [draft.label for draft in drafts]
         ballots = await asyncio.to_thread(self._ballots, sheet, written)
-        if state.tuned:  # by then the LLM knows the task, from what it was taught before
+        if state.tuned and state.tuned[-1]:  # by then the LLM knows the task, from what it was taught before
             texts = tuple(draft.text for draft in drafts)
             scores = _expect(await self.compute.run(Label(self._file(state.tuned[-1]), texts)), Scores).scores
             ballots.append(Ballot(softmax(np.array(scores, np.float32)).astype(np.float64)))
@@ -100,13 +102,16 @@ class Author:
         return Decided(number, blob, sum(x.good for x in judged), crosslm.acceptance(judged))
 
     async def _tune(self, number: int, state: State) -> Tuned:
-        settings = self.settings
+        settings, before = self.settings, state.tuned[-1] if state.tuned else ""
         judged = await asyncio.to_thread(self._judged, state.sheets[number])
-        lessons = crosslm.lessons(judged, await self._leash())
+        judged = [x for x in judged if crosslm.id_of(number, x.draft) not in state.feed]  # withdrawn already
+        lessons = crosslm.lessons(judged, ())
+        if not crosslm.teach(lessons, settings.tuning):
+            return Tuned(number, before, 0.0)
+        lessons = msgspec.structs.replace(lessons, leash=await self._leash())
         path = self.blobs.incoming()
         try:
-            adapter = self._file(state.tuned[-1] if state.tuned else "")
-            job = Tune(adapter, str(path), lessons, settings.tuning, settings.seed + number)
+            job = Tune(self._file(before), str(path), lessons, settings.tuning, settings.seed + number)
             loss = _expect(await self.compute.run(job), Learned).loss
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # some MB
             await asyncio.to_thread(self.blobs.keep, path, sha256)
@@ -141,6 +146,28 @@ class Author:
                 lines.append(Withdrawal(first + 1, entry))
         return lines
 
+    def read(self, body: bytes, state: State) -> Judgment:
+        """A judgment of a sheet there is, checked to its last byte: what is taken in here can be decided on.
+
+        Raises:
+            WireError: as `wire.unpack_judgment`; `unknown-sheet`; `bad-message`: a class or a byte that means nothing.
+        """
+
+        def shape(judgment: Judgment) -> tuple[int, int]:
+            if any(not 0 <= label < len(self.task.labels) for label in judgment.covers):
+                raise WireError("bad-message", "a judgment covers a class that this task does not have")
+            return self._answer_shape(coordinator.sheet_of(state, judgment.version))
+
+        judgment, answer = wire.unpack_judgment(body, shape)
+        try:
+            judgments.decode(answer, [0] * len(answer), len(self.task.labels), self.settings.form)
+        except DataError as error:
+            raise WireError("bad-message", str(error)) from error
+        return judgment
+
+    def _answer_shape(self, sheet: Sheet) -> tuple[int, int]:
+        return sheet.count, judgments.width(self.settings.form, len(self.task.labels))
+
     # Blobs ------------------------------------------------------------------------------------------------------------
     def _file(self, adapter: str) -> str:
         """Where an adapter lies; "" for the base. Raises: DataError: it is missing."""
@@ -160,29 +187,11 @@ class Author:
         form, classes = self.settings.form, len(self.task.labels)
         found = []
         for waiting in sheet.ballots:
-            judgment, answer = wire.unpack_judgment(
-                self.blobs.get(waiting.blob), lambda _: answer_shape(self.settings, self.task, sheet)
-            )
+            judgment, answer = wire.unpack_judgment(self.blobs.get(waiting.blob), lambda _: self._answer_shape(sheet))
             probabilities = judgments.decode(answer, written, classes, form)
             covers = frozenset(judgment.covers) if judgment.covers else None
             found.append(Ballot(probabilities, judgment.metrics.get("accuracy", 1.0), covers))
         return found
-
-
-def answer_shape(settings: CrossLm, task: Task, sheet: Sheet) -> tuple[int, int]:
-    """What a judgment of a sheet must look like."""
-    return sheet.count, judgments.width(settings.form, len(task.labels))
-
-
-def check_answer(settings: CrossLm, task: Task, state: State) -> Callable[[Judgment], tuple[int, int]]:
-    """For `wire.unpack_judgment`: the shape of the sheet a judgment names. Raises: WireError: there is none."""
-
-    def shape(judgment: Judgment) -> tuple[int, int]:
-        if any(not 0 <= label < len(task.labels) for label in judgment.covers):
-            raise WireError("bad-message", "a judgment covers a class that this task does not have")
-        return answer_shape(settings, task, coordinator.sheet_of(state, judgment.version))
-
-    return shape
 
 
 def _pack(rows: list[Draft] | list[Judged]) -> bytes:

@@ -339,7 +339,7 @@ def judge(state: State, judgment: Judgment, id: str, blob: str, size: int) -> Ju
     """The event that takes a judgment in, or the receipt it already has.
 
     Raises:
-        WireError: `unknown-device`, `unknown-sheet`, `already-answered`, `too-late` (the sheet is decided).
+        WireError: `unknown-device`, `unknown-sheet`, `already-answered`, `too-stale` (the sheet is decided).
     """
     device = known_device(state, judgment.device)
     if id in state.receipts:

@@ -25,9 +25,10 @@ from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluation, Line, Manifest, Receipt, Status, Trained, Work
 from edge_server import coordinator
 from edge_server.aggregation import Contribution
-from edge_server.author import Author, check_answer
+from edge_server.author import Author
 from edge_server.compute import Compute, LocalCompute
 from edge_server.coordinator import Buffered, Decided, Event, Published, State, Tuned, Written
+from edge_server.endpoint import Endpoint
 from edge_server.knowledge.filters import Embed
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
@@ -84,7 +85,8 @@ class Ledger:
         self._feed: list[Line] = []
         if (llm := settings.crosslm) is not None and settings.system == "crosslm":
             compute = compute or LocalCompute(llm.llm, settings.task)
-            self._author = Author(llm, settings.task, self.blobs, compute, embed, now)
+            writer = Endpoint(llm.llm) if llm.llm.endpoint else None
+            self._author = Author(llm, settings.task, self.blobs, compute, embed, now, writer)
         self.trouble = ""  # why no version is being made, for the operator
 
     async def open(self) -> None:
@@ -128,6 +130,8 @@ class Ledger:
         Raises:
             WireError: the upload is refused; nothing of it remains.
         """
+        if self._author is not None:
+            raise WireError("wrong-system", f"what devices learn stays with them in {self._settings.system}", 404)
         body = await asyncio.to_thread(incoming.read_bytes)
         update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
         id = wire.update_id(update.device, update.version, sha256)
@@ -152,6 +156,8 @@ class Ledger:
 
     async def take_trained(self, trained: Trained, sha256: str) -> Receipt:
         """Raises: WireError: the report is refused."""
+        if self._author is None:
+            raise WireError("wrong-system", f"{self._settings.system} wants what was learned, not only a word of it", 404)
         id = wire.update_id(trained.device, trained.version, sha256)
         async with self._lock:
             decision = coordinator.keep(self.state, trained, id)
@@ -162,8 +168,7 @@ class Ledger:
 
     async def take_judgment(self, body: bytes) -> Receipt:
         """Checks a judgment, keeps it, and answers once it is on disk. Raises: WireError: it is refused."""
-        shape = check_answer(self._writer.settings, self._settings.task, self.state)
-        judgment, _ = wire.unpack_judgment(body, shape)
+        judgment = self._writer.read(body, self.state)
         sha256 = hashlib.sha256(body).hexdigest()
         id = wire.update_id(judgment.device, judgment.version, sha256)
         async with self._lock:
@@ -209,9 +214,11 @@ class Ledger:
                 if self._author is None:
                     while batch := lpfl.due(self._settings.lpfl, self.state):
                         await self._make_version(batch)
+                        self.trouble = ""
                 else:
                     while step := crosslm.due(self._author.settings, self.state, self._now()):
                         await self._take_step(self._author, step)
+                        self.trouble = ""  # what comes next may take hours
                 self.trouble = ""
             except Exception as error:
                 self.trouble = f"version {self.state.version + 1} cannot be made: {error}"

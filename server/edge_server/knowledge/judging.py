@@ -80,6 +80,7 @@ def combine(ballots: Sequence[Ballot], written: Sequence[int]) -> Verdict:
     total = np.einsum("k,knc->nc", weights, answers)
     mass = np.einsum("k,kn->n", weights, there)
     soft = np.divide(total, mass[:, None], out=np.zeros_like(total), where=mass[:, None] > 0)
+    soft = np.minimum(soft, 1.0)  # sums in another order may be a last bit more
     return Verdict(soft, tuple(map(float, weights)), (there & (weights > 0)[:, None]).sum(0))
 
 

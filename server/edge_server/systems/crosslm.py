@@ -217,21 +217,29 @@ def lessons(judged: Sequence[Judged], leash: Sequence[str]) -> Lessons:
     )
 
 
+def teach(lessons: Lessons, tuning: Tuning) -> bool:
+    """Whether there is anything in them to learn; a leash alone only holds."""
+    contrast = tuning.contrast_weight if tuning.contrast != "none" else 0.0
+    weighted = ((tuning.generation, lessons.good), (contrast, lessons.pairs), (tuning.task, lessons.labelled))
+    return any(weight and some for weight, some in weighted)
+
+
 def texts_of(drafts: Sequence[Draft], sheet: int) -> list[Text]:
     """A sheet as devices get it; the prompts stay on the server."""
-    return [Text(_id(sheet, draft), draft.text, draft.label) for draft in drafts]
+    return [Text(id_of(sheet, draft), draft.text, draft.label) for draft in drafts]
 
 
 def samples_of(judged: Sequence[Judged], sheet: int, first: int, labels: Sequence[str], model: str, adapter: str) -> list[Sample]:
     """What of a decided sheet goes into the feed: the good texts, numbered from `first`."""
     good = [x for x in judged if x.good]
     return [
-        Sample(first + i, _id(sheet, x.draft), x.draft.text, labels[x.draft.label], x.soft, x.quality, sheet, model, adapter)
+        Sample(first + i, id_of(sheet, x.draft), x.draft.text, labels[x.draft.label], x.soft, x.quality, sheet, model, adapter)
         for i, x in enumerate(good)
     ]
 
 
-def _id(sheet: int, draft: Draft) -> str:
+def id_of(sheet: int, draft: Draft) -> str:
+    """Names a text in its sheet and in the feed."""
     return f"{sheet}-{hashlib.sha256(f'{draft.label} {draft.text}'.encode()).hexdigest()[:16]}"
 
 

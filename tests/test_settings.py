@@ -205,6 +205,16 @@ def test_the_examples_load(name: str, words: tuple[str, str], fewest: int) -> No
     assert loaded.lpfl.soft is not None
 
 
+def test_the_example_with_an_llm_loads() -> None:
+    """Its prompts end where a quotation begins, and the LLM's words are one for each label."""
+    loaded = run_settings.load(EXAMPLES / "crosslm.toml")
+
+    assert loaded.system == "crosslm"
+    assert loaded.crosslm is not None
+    assert all(prompt.endswith('<|im_start|>assistant\n"') for prompt in loaded.crosslm.prompts)
+    assert len(loaded.crosslm.llm.words) == len(loaded.task.labels)
+
+
 def test_a_manifest_tells_devices_the_run() -> None:
     """Task, system and bundle as they are, and an adapter for exactly the chosen slots."""
     bundle = factories.bundle(slots=DEEP)

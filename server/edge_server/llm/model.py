@@ -63,10 +63,8 @@ class Llm:
         alpha: Any = settings.alpha  # PEFT says int and takes a float
         inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=names), self._model)
         self._lora = [m for m in self._model.modules() if hasattr(m, "lora_A")]
-        lora = {name: p for name, p in self._model.named_parameters() if ".lora_" in name}
-        self._parameters = {
-            f"base_model.model.{name.replace('.default.', '.')}": p for name, p in lora.items()
-        }  # as PEFT's files
+        lora = {name.replace(".default.", "."): p for name, p in self._model.named_parameters() if ".lora_" in name}
+        self._parameters = {f"base_model.model.{name}": p for name, p in lora.items()}  # as PEFT's files have it
         self._lower, self._top = _cut(self._model.model, split)
         self._vocabulary: Tensor = self._model.lm_head.weight
         self._first = self._tokenizer.bos_token_id if getattr(self._tokenizer, "add_bos_token", False) else None

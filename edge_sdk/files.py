@@ -1,9 +1,10 @@
-"""Files that are whole or not there: written aside, synced, renamed; and folders that one process holds."""
+"""Files that are whole or not there: written aside, synced, renamed; transactions; and folders that one process holds."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,3 +46,16 @@ def held(folder: Path, what: str) -> Iterator[None]:
         except BlockingIOError as error:
             raise SettingsError(f"another {what} already uses {folder}; stop it, or choose another folder") from error
         yield
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of what is done inside is in the database, or nothing; for a connection in autocommit mode."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # SQLite takes it back itself when the disk is full
+            db.execute("ROLLBACK")
+        raise

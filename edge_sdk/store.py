@@ -16,12 +16,14 @@ from pathlib import Path
 import msgspec
 
 from edge_sdk.errors import DataError
+from edge_sdk.files import transaction
 from edge_sdk.protocol import Line, Sample, Withdrawal
 from edge_sdk.tasks import Example, Private, Task
 
 NAME = "device.sqlite"
 CURSOR = "synthetic"  # the fact that holds how much of the feed of synthetic data this device has
 WORK = "work"  # the fact that holds training under way, to go on with after a power cut
+_SET_FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS examples (
@@ -73,7 +75,7 @@ class Store:
 
     def set_fact(self, name: str, value: str) -> None:
         with self._lock:
-            self._db.execute("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (name, value))
+            self._db.execute(_SET_FACT, (name, value))
 
     def drop_fact(self, name: str) -> None:
         with self._lock:
@@ -101,21 +103,16 @@ class Store:
             if held_out and label is None:
                 raise DataError("a held-out example needs a label")
             checked.append((text.strip(), label, truth, int(held_out)))
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+        try:
+            with self._lock, transaction(self._db):
                 self._db.executemany(
                     "INSERT INTO examples (text, label, truth, held_out) VALUES (?, ?, ?, ?) ON CONFLICT (text) DO UPDATE SET"
                     " label = coalesce(excluded.label, label), truth = coalesce(excluded.truth, truth),"
                     " held_out = max(excluded.held_out, held_out)",
                     checked,
                 )
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                self._db.execute("ROLLBACK")
-                if isinstance(error, UnicodeEncodeError):
-                    raise DataError("an example is not valid Unicode") from error
-                raise
+        except UnicodeEncodeError as error:
+            raise DataError("an example is not valid Unicode") from error
         return len(checked)
 
     def counts(self) -> dict[str, int]:
@@ -158,24 +155,14 @@ class Store:
 
     def take_lines(self, lines: Iterable[Line]) -> None:
         """Keeps lines of the feed of synthetic data, and drops the samples they withdraw; all or none."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                for line in lines:
-                    if isinstance(line, Withdrawal):
-                        self._db.execute("DELETE FROM synthetic WHERE id = ?", (line.id,))
-                    else:
-                        body = msgspec.json.encode(line)
-                        self._db.execute("INSERT OR REPLACE INTO synthetic VALUES (?, ?, ?)", (line.seq, line.id, body))
-                    self._db.execute(
-                        "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
-                        (CURSOR, str(line.seq)),
-                    )
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db):
+            for line in lines:
+                if isinstance(line, Withdrawal):
+                    self._db.execute("DELETE FROM synthetic WHERE id = ?", (line.id,))
+                else:
+                    body = msgspec.json.encode(line)
+                    self._db.execute("INSERT OR REPLACE INTO synthetic VALUES (?, ?, ?)", (line.seq, line.id, body))
+                self._db.execute(_SET_FACT, (CURSOR, str(line.seq)))
 
     @property
     def cursor(self) -> int:
@@ -190,29 +177,15 @@ class Store:
 
     def drop_synthetic(self) -> None:
         """Forgets the feed, which belongs to one run."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.execute("DELETE FROM synthetic")
-                self._db.execute("DELETE FROM facts WHERE name = ?", (CURSOR,))
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db):
+            self._db.execute("DELETE FROM synthetic")
+            self._db.execute("DELETE FROM facts WHERE name = ?", (CURSOR,))
 
     def post(self, parcel: Parcel) -> None:
         """Puts a result into the outbox, which holds at most one; the work it is the result of is forgotten."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (parcel.content_type, parcel.body))
-                self._db.execute("DELETE FROM facts WHERE name = ?", (WORK,))
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db):
+            self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (parcel.content_type, parcel.body))
+            self._db.execute("DELETE FROM facts WHERE name = ?", (WORK,))
 
     def pending(self) -> Parcel | None:
         with self._lock:

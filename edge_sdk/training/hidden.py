@@ -15,13 +15,14 @@ import sqlite3
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk.errors import DataError
+from edge_sdk.files import transaction
 from edge_sdk.tokens import Ids, by_tokens
 
 CHUNK = 16  # texts computed and written together at most
@@ -169,7 +170,7 @@ class HiddenStates:
                     said = f"the cache of hidden states is full at {self._limit / 1e6:.0f} MB"
                     self._say(f"{said}; the rest is computed every time")
                     return
-                with _transaction(self._db):
+                with transaction(self._db):
                     self._db.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", rows)
                 return
             except sqlite3.Error as error:
@@ -192,7 +193,7 @@ class HiddenStates:
         if fits():
             return True
         if gone := [row for row in db.execute("SELECT text FROM states") if row[0] not in self._job]:
-            with _transaction(db):
+            with transaction(db):
                 db.executemany("DELETE FROM states WHERE text = ?", gone)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return fits()
@@ -231,18 +232,6 @@ def _order(ids: Ids) -> tuple[int, Ids]:
 def _disk(error: sqlite3.Error) -> bool:
     """Whether the disk is at fault, not the file; by SQLite's name, as its words for a damaged file speak of a disk too."""
     return str(getattr(error, "sqlite_errorname", "")).startswith(_DISK)
-
-
-@contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
 
 
 def _crc(name: bytes, scale: float, body: bytes) -> int:

@@ -252,10 +252,7 @@ def apply(state: State, event: Event) -> State:
         case Decided(number, judged, samples, acceptance):
             sheet = replace(state.sheets[number], judged=judged, samples=samples, acceptance=acceptance)
             state = _with_sheet(state, number, sheet)
-            adapters = (
-                *state.adapters,
-                state.adapter,
-            )  # devices' own adapters change with the feed, the one they start from stays
+            adapters = (*state.adapters, state.adapter)  # what devices start from stays
             return replace(state, feed=(*state.feed, number), version=state.version + 1, adapters=adapters)
         case Tuned(_, adapter, _):
             return replace(state, tuned=(*state.tuned, adapter))

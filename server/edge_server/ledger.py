@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -36,6 +37,7 @@ from edge_server.systems import crosslm, lpfl
 from edge_server.systems.crosslm import Step
 
 RETRY_SECONDS = 60.0
+R = TypeVar("R", Evaluation, Trained)
 log = logging.getLogger(__name__)
 
 
@@ -146,21 +148,19 @@ class Ledger:
 
     async def take_evaluation(self, evaluation: Evaluation, sha256: str) -> Receipt:
         """Raises: WireError: the evaluation is refused."""
-        id = wire.update_id(evaluation.device, evaluation.version, sha256)
-        async with self._lock:
-            decision = coordinator.take(self.state, evaluation, id)
-            if isinstance(decision, Receipt):
-                return decision
-            await self._record(decision)
-        return self.state.receipts[id]
+        return await self._take_report(coordinator.take, evaluation, sha256)
 
     async def take_trained(self, trained: Trained, sha256: str) -> Receipt:
         """Raises: WireError: the report is refused."""
         if self._author is None:
             raise WireError("wrong-system", f"{self._settings.system} wants what was learned, not only a word of it", 404)
-        id = wire.update_id(trained.device, trained.version, sha256)
+        return await self._take_report(coordinator.keep, trained, sha256)
+
+    async def _take_report(self, decide: Callable[[State, R, str], Event | Receipt], report: R, sha256: str) -> Receipt:
+        """A message of numbers: decided on, and on disk before it is answered."""
+        id = wire.update_id(report.device, report.version, sha256)
         async with self._lock:
-            decision = coordinator.keep(self.state, trained, id)
+            decision = decide(self.state, report, id)
             if isinstance(decision, Receipt):
                 return decision
             await self._record(decision)

@@ -21,6 +21,7 @@ from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays
 from edge_sdk.assets import MODELS, cache_folder, resolve
 from edge_sdk.engines import Engine, Scorer, open_engine
 from edge_sdk.errors import DataError
+from edge_sdk.protocol import Mix, Sample
 from edge_sdk.tasks import Example, Private
 from edge_sdk.tokens import Ids, PromptEncoder
 from edge_sdk.training.hidden import HiddenStates
@@ -156,6 +157,8 @@ def federate(
     settings: lpfl.LpFl,
     engine: Scorer,
     trainer: verbs.Fits,
+    synthetic: Sequence[Sample] = (),
+    mix: Mix | None = None,
 ) -> Arrays:
     """Synchronous rounds of a whole fleet; with one device, training alone."""
     adapter = start
@@ -163,7 +166,10 @@ def federate(
         seed = settings.seed + 1 + version
         buffer = []
         for private in fleet:
-            learned = verbs.train(version, adapter, spec, private, settings.training, settings.soft, seed, engine, trainer)
+            prepared = verbs.prepare(
+                version, adapter, spec, private, settings.training, settings.soft, seed, engine, None, synthetic, mix
+            )
+            learned = prepared.learned(*trainer.fit(prepared.job))
             buffer.append(Contribution(learned.delta, learned.num_examples, 0, adapter))
         adapter = lpfl.step(settings, spec, adapter, buffer)
     return adapter

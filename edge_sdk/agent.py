@@ -330,10 +330,13 @@ class Agent:
             update = Update(device, work.version, learned.num_examples, learned.metrics, layers=part.depth, rank=part.rank)
             parcel = Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta))
         else:
-            trained = add(start, learned.delta)
-            _, measured = await asyncio.to_thread(verbs.evaluate, trained, manifest.adapter, private, models.engine)
-            await asyncio.to_thread(_keep, self._store, wire.pack_adapter(trained), work.version)
-            metrics = {**learned.metrics, **measured}
+            held, trained = kept_adapter(self._store, manifest), add(start, learned.delta)
+            found = await asyncio.to_thread(verbs.better, held, trained, manifest.adapter, private, models.engine)
+            chosen, measured, newer = found
+            if not newer:
+                self._say(f"version {work.version}: the adapter it had is better on held-out text, and stays")
+            await asyncio.to_thread(_keep, self._store, wire.pack_adapter(chosen), work.version)
+            metrics = {**learned.metrics, **measured, "newer": float(newer)}
             parcel = Parcel(wire.JSON_TYPE, wire.encode(Trained(device, work.version, learned.num_examples, metrics)))
         self._store.post(parcel)
         (self._store.home / CHECKPOINT).unlink(missing_ok=True)

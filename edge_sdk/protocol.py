@@ -78,13 +78,19 @@ class Ask(Message, frozen=True):
 
 
 class Mix(Message, frozen=True):
-    """Synthetic texts in training: those of the feed up to line `until`, `batch_size` in each step, their loss times `weight`."""
+    """Synthetic texts in training: those of the feed up to line `until`, `batch_size` in each step, their loss times `weight`.
+
+    `temperature` below 1 sharpens their soft labels (p^(1/T), normalized).
+    """
 
     until: int
     weight: float = 1.0
     batch_size: int = 8
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise SettingsError("mix.temperature must be positive and finite")
         if not 0 <= self.until < 2**63 or not 0 <= self.weight < math.inf or not 1 <= self.batch_size <= 4096:
             raise SettingsError("mix.until and mix.weight must not be negative, mix.batch_size must be 1 to 4096")
 

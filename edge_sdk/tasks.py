@@ -97,6 +97,12 @@ class Private:
     held_out: tuple[Example, ...]
 
 
+def sharpen(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
+    """p^(1/T), normalized: below 1 the likely becomes likelier (Berthelot et al. 2019, MixMatch, equation 7)."""
+    powered = probabilities.astype(np.float64) ** (1 / temperature)
+    return np.asarray(powered / powered.sum(axis=-1, keepdims=True), np.float32)
+
+
 def softmax(scores: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
     """Row-wise softmax of (n, n_classes) scores divided by `temperature`."""
     z = scores.astype(np.float64) / temperature

@@ -21,7 +21,7 @@ from edge_sdk.errors import DataError
 from edge_sdk.judgments import Bytes, Form, encode
 from edge_sdk.protocol import Metrics, Mix, Sample, Text
 from edge_sdk.softlabels import SoftLabels, SoftSet
-from edge_sdk.tasks import Example, Private, accuracy, softmax
+from edge_sdk.tasks import Example, Private, accuracy, sharpen, softmax
 from edge_sdk.training.batches import Answer, Classes, Guess, Job, Label, Row, Source, Training
 
 
@@ -96,7 +96,7 @@ def prepare(
         if any(len(sample.soft) != len(engine.encoder.labels) for sample in synthetic):
             raise DataError("a synthetic text has soft labels of other classes than this task's")
         rows = zip(engine.encoder.prompts([s.text for s in synthetic]), synthetic, strict=True)
-        soft_rows = [Row(ids, Classes(np.array(sample.soft, np.float32))) for ids, sample in rows]
+        soft_rows = [Row(ids, Classes(sharpen(np.array(sample.soft, np.float32), mix.temperature))) for ids, sample in rows]
         sources.append(Source(soft_rows, mix.batch_size, mix.weight))
         metrics = {**metrics, "synthetic_examples": float(len(synthetic))}
     job = Job(dict(start) if part is None else take(start, part), sources, training, seed)
@@ -140,6 +140,20 @@ def judge(
     probabilities = softmax(engine.logits([text.text for text in sheet]))
     covers = tuple(sorted({e.label for e in private.labelled if e.label is not None}))
     return len(private.labelled), metrics, covers, encode(probabilities, [text.label for text in sheet], form)
+
+
+def better(old: Arrays | None, new: Arrays, spec: AdapterSpec, private: Private, engine: Scorer) -> tuple[Arrays, Metrics, bool]:
+    """The adapter that is right more often on held-out text, its numbers, and whether it is the new one.
+
+    Learning from others can make a device worse; it keeps what serves it. Where both do alike, or there is nothing to measure
+    by, the new one has seen more.
+    """
+    _, found = evaluate(new, spec, private, engine)
+    if old is not None and found:
+        _, known = evaluate(old, spec, private, engine)
+        if known["accuracy"] > found["accuracy"]:
+            return old, known, False
+    return new, found, True
 
 
 def evaluate(adapter: Arrays, spec: AdapterSpec, private: Private, engine: Scorer) -> tuple[int, Metrics]:

@@ -1,14 +1,16 @@
-"""The main job, whole and real: one server process, four device processes with private text, LP-FL between them.
+"""The main job, whole and real: one server process with its LLM, four device processes with private text, learning mutually.
 
     python -m examples.demo [--slm minilm|smollm2] [--out runs/demo]
 
-Each device has one domain of real sentences (movie, amazon, tweets, nyt), 16 of them labelled. Leaves report.json and
-report.html behind; every process is stopped at the end, on an error, and on Ctrl-C.
+Each device has one domain of real sentences (movie, amazon, tweets, nyt), 16 of them labelled. The LLM writes, devices judge,
+both learn from that (CrossLM-style), and then the devices average what they learn (LP-FL); with smollm2 only the latter.
+Leaves report.json and report.html behind; every process is stopped at the end, on an error, and on Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -27,16 +29,22 @@ from rich.console import Console
 from rich.live import Live
 
 from bench import fleet, lpfl
-from edge_sdk.assets import resolve
+from edge_sdk import bundle as bundles
+from edge_sdk import verbs
+from edge_sdk.agent import kept_adapter
+from edge_sdk.assets import MODELS, resolve
+from edge_sdk.engines import open_engine
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol import Status
 from edge_sdk.store import Store
 from edge_sdk.tasks import Private
 from edge_server import settings as run_settings
 from edge_server.systems.lpfl import LpFl
-from examples import icwsm, report
+from examples import icwsm, report, story
 
-LABELLED, UNLABELLED, HELD_OUT = 16, 240, 300
+LABELLED, UNLABELLED, HELD_OUT, TESTED = 16, 240, 100, 300
+LLM_TESTED = 40  # of a device's test texts are put to the LLM
+CONFIG = {"minilm": "demo", "smollm2": "smollm2"}
 MARK = ".tandem-demo"  # in every folder that a demo made and may empty
 DEADLINE = 3600.0  # seconds for the federated part: a stuck run must end
 
@@ -76,31 +84,58 @@ def main() -> int:
 def run(slm: str, out: Path, seed: int, console: Console) -> None:
     """Assets, data, baselines, federation, report; in that order."""
     began = time.monotonic()
-    config = fleet.CONFIGS / f"{slm}.toml"
+    config = fleet.CONFIGS / f"{CONFIG[slm]}.toml"
     settings = run_settings.load(config)
     with console.status("fetching text and model (cached after the first time)"):
         domains = icwsm.load(resolve(icwsm.ASSET))
         bundle = fleet.bundle_of(slm)
+        if settings.system == "crosslm" and settings.crosslm is not None:
+            resolve(MODELS[settings.crosslm.llm.model])
     console.print(f"assets ready after {time.monotonic() - began:.0f} s")
     started = time.monotonic()
     clear(out)
     homes = {name: out / "devices" / name for name in domains}
-    for name, private in zip(domains, fleet.devices("by-domain", LABELLED, UNLABELLED, HELD_OUT, "test", seed), strict=True):
-        fill(homes[name], private)
+    tests = dict(zip(domains, fleet.devices("by-domain", LABELLED, UNLABELLED, TESTED, "test", seed), strict=True))
+    own = fleet.devices("by-domain", LABELLED, UNLABELLED, HELD_OUT, "validation", seed)
+    for name, private in zip(domains, own, strict=True):
+        fill(homes[name], private)  # with nothing that its result is measured by
+        fill(out / "alone" / name, tests[name])
     (out / "logs").mkdir(parents=True)
     with processes() as started_processes:
         server, address = start_server(config, bundle, out, started_processes)
         with console.status("local-only baselines: each device trains on its own labels"):
-            own = lpfl.settings_of(lpfl.Cell(slm, "by-domain", LABELLED, seed, "local_only"), settings.lpfl)
-            alone = baselines(homes, address, own, out, started_processes)
+            best = run_settings.load(fleet.CONFIGS / f"{slm}.toml").lpfl
+            best = lpfl.settings_of(lpfl.Cell(slm, "by-domain", LABELLED, seed, "local_only"), best)
+            alone = baselines({name: out / "alone" / name for name in domains}, address, best, out, started_processes)
         devices = [start_agent(name, home, address, out, started_processes) for name, home in homes.items()]
-        status = watch(address, devices, server, out, settings.lpfl.versions, console)
+        status = watch(address, devices, server, out, versions_of(settings), console)
+    with console.status("measuring both sides on test text"):
+        measured = {name: {"local_only": alone[name], **measure(bundle, settings, homes[name], tests[name])} for name in homes}
+        asked = [example for private in tests.values() for example in private.held_out[:LLM_TESTED]]
+        told = story.read(out / "server", settings, asked) if settings.system == "crosslm" else None
     seconds = time.monotonic() - started
-    result = report.summarize(status, alone, bundle, seconds)
+    result = report.summarize(status, measured, TESTED, bundle, seconds, told)
     (out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    report.write_html(out / "report.html", result, status, slm)
+    report.write_html(out / "report.html", result, status, slm, told)
     console.print(report.table(result))
     console.print(f"{seconds:.0f} s; {out / 'report.json'} and {out / 'report.html'} tell the whole story")
+
+
+def versions_of(settings: run_settings.RunSettings) -> int:
+    """Of the whole run."""
+    if (llm := settings.crosslm) is None or settings.system != "crosslm":
+        return settings.lpfl.versions
+    return llm.versions + (llm.federated.versions if llm.federated is not None else 0)
+
+
+def measure(bundle: Path, settings: run_settings.RunSettings, home: Path, private: Private) -> dict[str, float]:
+    """Accuracy of the base and of what a device ended with, in the engine that devices use."""
+    opened = bundles.read(bundle)
+    engine, manifest = open_engine(bundle, opened, settings.task), run_settings.manifest(settings, opened)
+    with contextlib.closing(Store(home)) as store:
+        ended_with = kept_adapter(store, manifest)
+    found = {"zero_shot": manifest.adapter.start(0), "federated": ended_with or manifest.adapter.start(0)}
+    return {name: verbs.evaluate(arrays, manifest.adapter, private, engine)[1]["accuracy"] for name, arrays in found.items()}
 
 
 def clear(out: Path) -> None:
@@ -144,7 +179,8 @@ def processes() -> Iterator[Running]:
 
 def start(arguments: Sequence[str], log: Path, running: Running) -> subprocess.Popen[bytes]:
     """Starts one of our programs in a session of its own, so that Ctrl-C reaches it through us, once."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # more processes than cores: nobody waits by spinning
+    environment = {**os.environ, **threads, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments], stdout=file, stderr=file, env=environment, start_new_session=True

@@ -8,21 +8,38 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk import wire
+from edge_sdk import softlabels, wire
 from edge_sdk.errors import SettingsError
-from edge_sdk.protocol import Finished, Judgment, Line, Mix, Predict, Receipt, Train, Trained, Wait, Work
+from edge_sdk.protocol import (
+    Evaluate,
+    Evaluation,
+    Finished,
+    Judgment,
+    Line,
+    Mix,
+    Predict,
+    Receipt,
+    Train,
+    Trained,
+    Update,
+    Wait,
+    Work,
+)
+from edge_sdk.softlabels import SoftLabels
 from edge_server import coordinator
-from edge_server.coordinator import Ballot, Decided, Device, Enrolled, Event, Published, Sheet, State, Tuned, Written
+from edge_server.coordinator import Ballot, Buffered, Decided, Device, Enrolled, Event, Published, Sheet, State, Tuned, Written
 from edge_server.knowledge import judging
 from edge_server.knowledge.judging import Verdict
 from edge_server.llm.jobs import Good, Labelled, Lessons, Pair, Tuning
 from edge_server.systems import crosslm
 from edge_server.systems.crosslm import (
+    Average,
     CrossLm,
     DecideSheet,
     Draft,
@@ -35,6 +52,7 @@ from edge_server.systems.crosslm import (
     lessons,
     prompts,
 )
+from edge_server.systems.lpfl import LpFl
 from tests import factories, strategies
 
 DRAFTS = [Draft("p0", 0, "a"), Draft("p0", 0, "b"), Draft("p1", 1, "c"), Draft("p1", 1, "d"), Draft("p1", 1, "e")]
@@ -177,9 +195,9 @@ def test_what_the_server_does_next(state: State, now: float, step: Step | None) 
     assert crosslm.due(RUN, state, now) == step
 
 
-LEARN_0 = Train(0, "a", RUN.training, None, 41, synthetic=None, share=False)
-LEARN_1 = Train(1, "a", RUN.training, None, 41, synthetic=Mix(3, 0.5, 3), share=False)
-LEARN_2 = Train(2, "a", RUN.training, None, 41, synthetic=Mix(6, 0.5, 3), share=False)
+LEARN_0 = Train(0, "a", RUN.alone, None, 41, synthetic=None, share=False)
+LEARN_1 = Train(1, "a", RUN.training, None, 41, synthetic=Mix(3, 0.5, 3, 0.5), share=False)
+LEARN_2 = Train(2, "a", RUN.training, None, 41, synthetic=Mix(6, 0.5, 3, 0.5), share=False)
 
 
 def predict(number: int) -> Predict:
@@ -218,7 +236,7 @@ def test_a_withdrawal_is_a_line_to_learn_from() -> None:
     work = crosslm.plan(RUN, state, Device("x"), can_train=True)
 
     assert isinstance(work, Train)
-    assert work.synthetic == Mix(4, 0.5, 3)
+    assert work.synthetic == Mix(4, 0.5, 3, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +261,12 @@ def test_version_0_changes_nothing() -> None:
 def answer(state: State, device: str, work: Work, id: str) -> State:
     """The state once a device has done its work."""
     match work:
+        case Train(version, share=True):
+            event: object = coordinator.accept(state, Update(device, version, 1, {}), id, f"blob-{id}", 1, 99)
         case Train(version):
-            event: object = coordinator.keep(state, Trained(device, version, 1, {}), id)
+            event = coordinator.keep(state, Trained(device, version, 1, {}), id)
+        case Evaluate(version):
+            event = coordinator.take(state, Evaluation(device, version, 1, {}), id)
         case Predict(number):
             event = coordinator.judge(state, Judgment(device, number, 1, {}), id, f"blob-{id}", 1)
         case _:
@@ -261,6 +283,8 @@ def step(state: State, todo: Step, now: float) -> State:
             return coordinator.apply(state, Decided(number, "j", 2, 0.5))
         case TuneLlm(number):
             return coordinator.apply(state, Tuned(number, f"llm{number}", 0.5))
+        case Average(updates):
+            return coordinator.apply(state, Published(state.version + 1, "a", len(updates)))
 
 
 @strategies.fuzzing
@@ -268,14 +292,16 @@ def step(state: State, todo: Step, now: float) -> State:
     st.lists(st.booleans(), min_size=1, max_size=5).filter(any),
     st.integers(1, 4),
     st.integers(1, 5),
+    st.integers(0, 3),
     st.lists(st.integers(0, 9), max_size=60),
 )
-def test_every_run_ends(can_train: list[bool], versions: int, judges: int, order: list[int]) -> None:
+def test_every_run_ends(can_train: list[bool], versions: int, judges: int, averaged: int, order: list[int]) -> None:
     """Devices come in any order, then in turn; work done is never refused, and all who train end on the last version.
 
-    Where more judges are asked for than there are devices, the deadline decides.
+    Where more judges are asked for than there are devices, the deadline decides. Averaged versions may follow.
     """
-    run = CrossLm(("{label}",), versions=versions, judges=judges, deadline_seconds=50.0)
+    then = LpFl(versions=averaged, buffer_size=sum(can_train)) if averaged else None
+    run = CrossLm(("{label}",), versions=versions, judges=judges, deadline_seconds=50.0, federated=then)
     devices = [f"d{i}" for i in range(len(can_train))]
     state = State()
     start: list[Event] = [Published(0, "a0", 0), *(Enrolled(device, "x") for device in devices)]
@@ -293,9 +319,11 @@ def test_every_run_ends(can_train: list[bool], versions: int, judges: int, order
 
     assert over == set(devices)
     assert crosslm.finished(run, state)
-    assert [device.trained for device in state.devices.values()] == [versions if able else -1 for able in can_train]
+    last = versions + averaged - (averaged > 0)  # the last average is not trained on
+    assert [device.trained for device in state.devices.values()] == [last if able else -1 for able in can_train]
     assert all(1 <= len(sheet.ballots) <= max(judges, 1) for sheet in state.sheets)
-    assert (state.version, len(state.sheets), len(state.tuned)) == (versions,) * 3
+    assert (state.version, len(state.sheets), len(state.tuned)) == (versions + averaged, versions, versions)
+    assert state.buffer == ()
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -325,3 +353,31 @@ def test_settings_have_bounds(key: str, good: list[Any], bad: list[Any]) -> None
     for value in bad:
         with pytest.raises(SettingsError, match=key):
             CrossLm(**{"prompts": ("{label}",), key: value})
+
+
+# Averaged versions after the last sheet -------------------------------------------------------------------------------
+THEN = msgspec.structs.replace(RUN, federated=LpFl(versions=2, buffer_size=1, evaluate_every=0, seed=9))
+
+
+def test_after_the_last_sheet_devices_average() -> None:
+    """They learn from labels, soft labels (their schedule starts there) and the feed, send what changed, measure the last."""
+    state = at(DONE, DONE, tuned=2)
+    work = crosslm.plan(THEN, state, Device("x", trained=1, judged=1), can_train=True)
+
+    assert isinstance(work, Train)
+    assert work.share
+    assert (work.version, work.synthetic) == (2, Mix(6, 0.5, 3, 0.5))
+    assert work.soft is not None
+    assert softlabels.size(work.soft, 2, 1000) == softlabels.size(SoftLabels(), 0, 1000) > 0
+    assert crosslm.plan(THEN, state, Device("x", trained=2), can_train=True) == Wait(30.0)
+    assert not crosslm.finished(THEN, state)
+    waiting = Buffered("u", 4, 0, 2)
+    due = crosslm.due(THEN, replace(state, buffer=(waiting,)), 0.0)
+    assert isinstance(due, Average)
+    assert (due.updates, due.how.versions) == ((waiting,), 4)
+    assert crosslm.due(THEN, state, 0.0) is None
+    assert crosslm.due(THEN, replace(at(DONE, DONE, tuned=1), buffer=(waiting,)), 0.0) == TuneLlm(1)  # the LLM first
+    over = replace(state, version=4, adapters=("a",) * 5)
+    assert crosslm.plan(THEN, over, Device("x", trained=3), can_train=True) == Evaluate(4, "a")
+    assert crosslm.plan(THEN, over, Device("x", trained=3, evaluated=4), can_train=True) == Finished(4, "a")
+    assert crosslm.finished(THEN, replace(over, devices=MappingProxyType({"x": Device("x", evaluated=4)})))

@@ -41,16 +41,26 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
 
     assert demo.returncode == 0, said
     report = json.loads((out / "report.json").read_text())
-    assert report.keys() == {"system", "versions", "devices", "mean", "upload_fraction", "seconds"}
-    assert report["system"] == "lpfl"
+    assert report.keys() == {
+        *("system", "versions", "devices", "mean", "upload_fraction", "seconds"),
+        *("llm", "synthetic"),
+    }
+    assert report["system"] == "crosslm"
     assert [d["name"] for d in report["devices"]] == ["movie", "amazon", "tweets", "nyt"]
     keys = {"name", "zero_shot", "local_only", "federated", "test_examples", "uploaded_bytes"}
     assert all(device.keys() == keys for device in report["devices"])
     assert report["mean"]["federated"] > report["mean"]["zero_shot"]
     assert report["mean"]["federated"] > report["mean"]["local_only"]
     assert 0 < report["upload_fraction"] < 0.005
+    assert report["llm"]["after"] > report["llm"]["before"]
+    assert report["llm"]["after_balanced"] > report["llm"]["before_balanced"] - 0.05
+    assert report["synthetic"]["written"] > 60
+    assert 0 < report["synthetic"]["accepted_first"] < 1
+    assert 0 < report["synthetic"]["accepted_last"] <= 1
+    assert report["seconds"] < 360
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2
+    assert page.count("accepted</td>") + page.count("refused</td>") == 8
     assert "<script" not in page
     assert "<link" not in page
     assert not children_of(out)

@@ -9,11 +9,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
 from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
 from edge_server.llm.model import Llm, _contrast, _Frozen
+from edge_server.llm.writing import choose, continuations
 from tests import factories, tiny
 
 SETTINGS = LlmSettings(layers=2, rank=4, alpha=8.0, threads=1)
@@ -78,7 +81,6 @@ def test_the_cut_model_is_the_model(llm: Llm) -> None:
     """Frozen layers once, then the top: the same log-probabilities as the whole model, in a batch of other lengths."""
     rows = [llm._said("the film was", "great and lovely"), llm._said("a day", "sad")]
     cache = _Frozen(llm._lower)
-    cache.fill([ids for ids, _ in rows])
     with torch.no_grad():
         found = [float(x.mean()) for x in llm._logprobs(cache, rows)]
 
@@ -173,14 +175,68 @@ def test_nothing_to_learn_from(llm: Llm) -> None:
 
 def test_writing_is_repeatable_and_bounded(llm: Llm) -> None:
     """The same seed writes the same texts, another one others; never more tokens than asked for."""
-    some = Sampling(max_tokens=5, temperature=1.0, top_p=0.9, seed=3)
-    texts = llm.write("the film was", 6, some)
+    prompts, some = ("the film was", "a day"), Sampling(max_tokens=5, temperature=1.0, top_p=0.9, seed=3)
+    texts = llm.write(prompts, (6, 2), some)
 
-    assert texts == llm.write("the film was", 6, some)
-    assert texts != llm.write("the film was", 6, Sampling(5, 1.0, 0.9, 4))
-    assert len(texts) == 6
-    assert all(len(text.split()) <= 5 for text in texts)
-    assert llm.write("the film was", 1, Sampling(3)) == llm.write("the film was", 1, Sampling(3, seed=9))  # greedy
+    assert texts == llm.write(prompts, (6, 2), some)
+    assert texts != llm.write(prompts, (6, 2), Sampling(5, 1.0, 0.9, 4))
+    assert [len(some) for some in texts] == [6, 2]
+    assert all(len(text.split()) <= 5 for some in texts for text in some)
+    assert llm.write(prompts, (1, 1), Sampling(3)) == llm.write(prompts, (1, 1), Sampling(3, seed=9))  # greedy
+
+
+def test_a_batch_of_prompts_writes_what_each_writes_alone(llm: Llm) -> None:
+    """Greedy continuations of prompts of different length, padded together, against the model asked one token after another."""
+    prompts, ends = ["the film was", "a", "the day was so very good and"], [7]
+    asked = [llm._ids(prompt, first=True) for prompt in prompts]
+    found = continuations(llm._model.model, lambda s: s @ llm._vocabulary.T, asked, (1, 70, 1), Sampling(6), ends)
+
+    for ids, written in zip(asked, found, strict=True):
+        want: list[int] = []
+        for _ in range(6):
+            with torch.no_grad():
+                token = int(llm._model(torch.tensor([[*ids, *want]])).logits[0, -1].argmax())
+            if token in ends:
+                break
+            want.append(token)
+        assert written == [want] * len(written)
+
+
+def test_texts_end_at_an_end_token_and_the_others_go_on(llm: Llm) -> None:
+    """With tokens declared to be ends, no text holds one, and cutting whole texts at them gives the same texts (greedy)."""
+    asked = [llm._ids(prompt, first=True) for prompt in ("the film was", "a day", "so")]
+    whole = continuations(llm._model.model, lambda s: s @ llm._vocabulary.T, asked, (1, 1, 1), Sampling(8), [])
+    ends = [whole[0][0][3]]
+    cut = continuations(llm._model.model, lambda s: s @ llm._vocabulary.T, asked, (1, 1, 1), Sampling(8), ends)
+
+    for (text,), (short,) in zip(whole, cut, strict=True):
+        assert short == (text[: text.index(ends[0])] if ends[0] in text else text)
+    assert all(len(text) == 8 for (text,) in whole)
+
+
+@given(
+    row=st.lists(st.floats(-4, 4), min_size=2, max_size=12),
+    top_p=st.floats(0.05, 1.0),
+    temperature=st.floats(0.2, 2.0),
+    seed=st.integers(0, 99),
+)
+def test_a_nucleus_is_the_smallest_set_with_its_probability(
+    row: list[float], top_p: float, temperature: float, seed: int
+) -> None:
+    """What is drawn is never a token that likelier ones made superfluous."""
+    scores = torch.tensor([row] * 8)
+    drawn = choose(scores, Sampling(1, temperature, top_p), torch.Generator().manual_seed(seed))
+    p = torch.softmax(scores[0].double() / temperature, 0)
+    for token in drawn.tolist():
+        assert float(p[p > p[token] + 1e-6].sum()) < top_p + 1e-5
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """20,000 draws of four tokens: each as often as its probability says, within four standard errors."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drawn = choose(p.log().repeat(20_000, 1), Sampling(1, 1.0, 1.0), torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=4) / 20_000
+    assert ((share - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt()).all()
 
 
 def test_perplexity_by_hand(llm: Llm) -> None:

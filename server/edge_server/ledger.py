@@ -34,7 +34,8 @@ from edge_server.knowledge.filters import Embed
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
 from edge_server.systems import crosslm, lpfl
-from edge_server.systems.crosslm import Step
+from edge_server.systems.crosslm import Average, Step
+from edge_server.systems.lpfl import LpFl
 
 RETRY_SECONDS = 60.0
 R = TypeVar("R", Evaluation, Trained)
@@ -132,13 +133,13 @@ class Ledger:
         Raises:
             WireError: the upload is refused; nothing of it remains.
         """
-        if self._author is not None:
+        if (averaged := self._averaged) is None:
             raise WireError("wrong-system", f"what devices learn stays with them in {self._settings.system}", 404)
         body = await asyncio.to_thread(incoming.read_bytes)
         update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
         id = wire.update_id(update.device, update.version, sha256)
         async with self._lock:  # two updates at once for one version: the second is refused before its blob is kept
-            decision = coordinator.accept(self.state, update, id, sha256, len(body), self._settings.lpfl.max_staleness)
+            decision = coordinator.accept(self.state, update, id, sha256, len(body), averaged.max_staleness)
             if isinstance(decision, Receipt):
                 return decision
             await asyncio.to_thread(self.blobs.keep, incoming, sha256)
@@ -195,6 +196,11 @@ class Ledger:
                 await self._record(event)
 
     @property
+    def _averaged(self) -> LpFl | None:
+        """How what devices send becomes a version; None in a run where they send nothing."""
+        return self._settings.lpfl if self._author is None else self._author.settings.federated
+
+    @property
     def _writer(self) -> Author:
         if self._author is None:
             raise WireError("wrong-system", f"{self._settings.system} has no synthetic data", 404)
@@ -213,7 +219,7 @@ class Ledger:
             try:
                 if self._author is None:
                     while batch := lpfl.due(self._settings.lpfl, self.state):
-                        await self._make_version(batch)
+                        await self._make_version(batch, self._settings.lpfl)
                         self.trouble = ""
                 else:
                     while step := crosslm.due(self._author.settings, self.state, self._now()):
@@ -231,6 +237,9 @@ class Ledger:
         return max(last.at + self._author.settings.deadline_seconds - self._now(), 0.01) if last.ballots else None
 
     async def _take_step(self, author: Author, step: Step) -> None:
+        if isinstance(step, Average):
+            await self._make_version(step.updates, step.how)
+            return
         event = await author.carry_out(step, self.state)
         async with self._lock:
             await self._record(event)
@@ -243,9 +252,9 @@ class Ledger:
             case Tuned():
                 self._say(f"the LLM learned from sheet {event.sheet}, loss {event.loss:.3f}")
 
-    async def _make_version(self, batch: tuple[Buffered, ...]) -> None:
+    async def _make_version(self, batch: tuple[Buffered, ...], how: LpFl) -> None:
         version = self.state.version + 1
-        await asyncio.to_thread(self._aggregate, version, self.state.adapter, batch)
+        await asyncio.to_thread(self._aggregate, version, self.state.adapter, batch, how)
         blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
         async with self._lock:
             await self._record(Published(version, blob, len(batch)))
@@ -272,10 +281,10 @@ class Ledger:
         await asyncio.to_thread(self._log.append, msgspec.json.encode(event))
         self.state = coordinator.apply(self.state, event)
 
-    def _aggregate(self, version: int, adapter: str, batch: tuple[Buffered, ...]) -> None:
+    def _aggregate(self, version: int, adapter: str, batch: tuple[Buffered, ...], how: LpFl) -> None:
         current = self._adapter_of(adapter)
         buffer = (self._contribution(waiting) for waiting in batch)
-        self._publish_files(version, lpfl.step(self._settings.lpfl, self.manifest.adapter, current, buffer))
+        self._publish_files(version, lpfl.step(how, self.manifest.adapter, current, buffer))
 
     def _contribution(self, waiting: Buffered) -> Contribution:
         delta = wire.unpack(self.blobs.get(waiting.blob), self._update_shapes)[1]

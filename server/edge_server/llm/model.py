@@ -26,6 +26,7 @@ from edge_sdk.tokens import Ids, by_length, by_tokens
 from edge_sdk.training import base, losses
 from edge_sdk.training.batches import epochs
 from edge_server.llm.jobs import Lessons, LlmSettings, Tuning
+from edge_server.llm.writing import continuations
 
 CLOSING = '"'  # prompts open a quotation; a text ends where it is closed
 LEASH_TOKENS = 64  # of the base's distribution at each position
@@ -51,6 +52,7 @@ class Llm:
 
         base.quiet()
         torch.set_num_threads(settings.threads)
+        torch.set_float32_matmul_precision("medium")  # oneDNN's kernels, as the devices' training
         where = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
         self._tokenizer: Any = AutoTokenizer.from_pretrained(where[0], **where[1])  # type: ignore[no-untyped-call]
         self._model = _load(path)
@@ -76,8 +78,7 @@ class Llm:
         self._head = self._vocabulary[[ids[0] for ids in words]]
         pieces = self._tokenizer.batch_decode([[i] for i in range(len(self._tokenizer))])
         self._ends = [i for i, piece in enumerate(pieces) if CLOSING in piece or "\n" in piece]
-        self._pad = self._tokenizer.eos_token_id if self._tokenizer.eos_token_id is not None else 0
-        self._ends.append(self._pad)
+        self._ends += [self._tokenizer.eos_token_id] if self._tokenizer.eos_token_id is not None else []
         self.set(None)
 
     # The adapter ------------------------------------------------------------------------------------------------------
@@ -115,25 +116,12 @@ class Llm:
                 layer.enable_adapters(True)
 
     # Writing ----------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def write(self, prompt: str, count: int, sampling: Sampling) -> list[str]:
-        """`count` texts after `prompt`, each up to a closing quote, a line break or the end token; one batch with a KV cache."""
-        ids = torch.tensor([self._ids(prompt, first=True)])
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sampling.seed)
-            out = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=sampling.temperature > 0,
-                max_new_tokens=sampling.max_tokens,
-                num_return_sequences=count,
-                eos_token_id=self._ends,
-                pad_token_id=self._pad,
-                **drawn,
-            )
-        texts = self._tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        return [text.split(CLOSING)[0].split("\n")[0].strip() for text in texts]
+    def write(self, prompts: Sequence[str], counts: Sequence[int], sampling: Sampling) -> list[list[str]]:
+        """`counts[i]` texts after `prompts[i]`, each up to a closing quote, a line break or the end token."""
+        asked = [self._ids(prompt, first=True) for prompt in prompts]
+        bare, ends = self._model.model, self._ends
+        written = continuations(bare, lambda states: states @ self._vocabulary.T, asked, counts, sampling, ends)
+        return [[text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in written]
 
     # Reading ----------------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -179,16 +167,20 @@ class Llm:
         pairs = [] if tuning.contrast == "none" else pairs
         labelled = [(self._question(x.text), torch.tensor(x.probabilities)) for x in lessons.labelled]
         leash = [ids for ids in (self._ids(text, first=True) for text in lessons.leash) if len(ids) > 1]
-        cache.fill([said[0] for said, _ in good] + [s[0] for pair in pairs for s in pair] + [x for x, _ in labelled] + leash)
-        with torch.no_grad(), self.base():
-            started = [[float(x.sum()) for x in self._logprobs(cache, pair)] for pair in pairs]
-            held = [self._likeliest(self._over(cache, [ids])[0][:-1]) for ids in leash]
+        started: dict[int, list[float]] = {}  # of pairs, and
+        held: dict[int, tuple[Tensor, Tensor]] = {}  # of the leash: what the base makes of them, once they are drawn
+
+        @torch.no_grad()
+        def remember(what: dict[int, Any], some: Sequence[int], compute: Callable[[int], Any]) -> None:
+            with self.base():
+                what.update((i, compute(i)) for i in some if i not in what)
 
         def generation(some: Sequence[int]) -> Tensor:
             values = [x.mean() for x in self._logprobs(cache, [good[i][0] for i in some])]
             return -(torch.tensor([good[i][1] for i in some]) * torch.stack(values)).mean()
 
         def contrast(some: Sequence[int]) -> Tensor:
+            remember(started, some, lambda i: [float(x.sum()) for x in self._logprobs(cache, pairs[i])])
             values = self._logprobs(cache, [said for i in some for said in pairs[i]])
             found = [_contrast(values[2 * at], values[2 * at + 1], started[i], tuning) for at, i in enumerate(some)]
             return torch.stack(found).mean()
@@ -198,6 +190,7 @@ class Llm:
             return losses.classes(last @ self._head.T, torch.stack([labelled[i][1] for i in some])).mean()
 
         def hold(some: Sequence[int]) -> Tensor:
+            remember(held, some, lambda i: self._likeliest(self._over(cache, [leash[i]])[0][:-1]))
             states = self._over(cache, [leash[i] for i in some])
             values = [losses.top_k(s[:-1], self._vocabulary, *held[i]) for i, s in zip(some, states, strict=True)]
             return torch.cat(values).mean()
@@ -242,7 +235,7 @@ class Llm:
 
     def _over(self, cache: _Frozen, sequences: Sequence[Ids]) -> list[Tensor]:
         """Final hidden states of each sequence, from what enters the top layers."""
-        below = nn.utils.rnn.pad_sequence([cache[ids] for ids in sequences], batch_first=True)
+        below = nn.utils.rnn.pad_sequence(cache.states(sequences), batch_first=True)
         out = self._top(inputs_embeds=below, use_cache=False).last_hidden_state
         return [row[: len(ids)] for row, ids in zip(out, sequences, strict=True)]
 
@@ -268,14 +261,12 @@ class _Frozen:
         self._kept: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def fill(self, sequences: Sequence[Ids]) -> None:
+    def states(self, sequences: Sequence[Ids]) -> list[Tensor]:
         new = [list(ids) for ids in dict.fromkeys(tuple(ids) for ids in sequences) if ids not in self._kept]
         for batch in by_tokens(new, CACHE_TOKENS):
             for i, states in zip(batch, _run(self._lower, [new[i] for i in batch]), strict=True):
                 self._kept[tuple(new[i])] = states.clone()
-
-    def __getitem__(self, ids: Ids) -> Tensor:
-        return self._kept[tuple(ids)]
+        return [self._kept[tuple(ids)] for ids in sequences]
 
 
 def _load(path: Path) -> Any:

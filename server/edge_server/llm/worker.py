@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,11 +51,8 @@ def do(llm: Llm, job: Job) -> Outcome:
     llm.set(load_file(job.adapter) if job.adapter else None)
     match job:
         case Write(prompts=prompts, counts=counts, sampling=sampling):
-            texts = [
-                tuple(llm.write(prompt, count, replace(sampling, seed=sampling.seed + i)))
-                for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
-            ]
-            return Texts(tuple(texts), time.perf_counter() - began)
+            texts = llm.write(prompts, counts, sampling)
+            return Texts(tuple(map(tuple, texts)), time.perf_counter() - began)
         case Tune(out=out, lessons=lessons, tuning=tuning, seed=seed):
             if not job.adapter:
                 llm.set(llm.start(seed))

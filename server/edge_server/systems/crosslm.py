@@ -25,10 +25,12 @@ from edge_sdk.errors import SettingsError
 from edge_sdk.judgments import Form
 from edge_sdk.protocol import Finished, Mix, Predict, Sample, Text, Train, Wait, Work
 from edge_sdk.training.batches import Training
-from edge_server.coordinator import Device, State
+from edge_server.coordinator import Buffered, Device, State
 from edge_server.knowledge.filters import Filter
 from edge_server.knowledge.judging import Verdict
 from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
+from edge_server.systems import lpfl
+from edge_server.systems.lpfl import LpFl
 
 
 class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,7 +48,9 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quality: how sure the judges must be of a text to accept it.
         tuning: how the LLM learns from a sheet. llm: which it is.
         leash: texts the base itself writes once, to hold the LLM to what it was.
-        training: the device's steps. weight, batch_size: of synthetic texts in them.
+        alone: the device's steps on its labels alone. training: with synthetic texts beside them.
+        weight, batch_size, label_temperature: of synthetic texts in these; a temperature below 1 sharpens their soft labels.
+        federated: after the last sheet devices average what they learn from labels and feed (LP-FL, systems/lpfl.py).
         wait_seconds: how long an idle device waits before it asks again.
         seed: of everything random.
     """
@@ -66,9 +70,12 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tuning: Tuning = Tuning()
     llm: LlmSettings = LlmSettings()
     leash: int = 40
-    training: Training = Training(steps=32, batch_size=8, learning_rate=5e-4, dropout=0.2)
+    alone: Training = Training(steps=32, batch_size=8, learning_rate=5e-4, dropout=0.2)
+    training: Training = Training(steps=32, batch_size=8, learning_rate=1e-3, dropout=0.2)
     weight: float = 1.0
-    batch_size: int = 8
+    batch_size: int = 16
+    label_temperature: float = 0.5
+    federated: LpFl | None = None
     wait_seconds: float = 30.0
     seed: int = 0
 
@@ -81,6 +88,8 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("crosslm.temperature must be positive, top_p in (0, 1], max_tokens 1 to 1000")
         if not 0 < self.quality <= 1 or not 0 <= self.weight < math.inf or not 1 <= self.batch_size <= 4096:
             raise SettingsError("crosslm.quality must be in (0, 1], weight not negative, batch_size 1 to 4096")
+        if not 0 < self.label_temperature < math.inf:
+            raise SettingsError("crosslm.label_temperature must be positive and finite")
         if not 0 < self.wait_seconds < math.inf or not 0 < self.deadline_seconds < math.inf:
             raise SettingsError("crosslm.wait_seconds and deadline_seconds must be positive and finite")
 
@@ -103,7 +112,16 @@ class TuneLlm:
     number: int
 
 
-Step = WriteSheet | DecideSheet | TuneLlm
+@dataclass(frozen=True)
+class Average:
+    """Make a version from what devices sent, as LP-FL does."""
+
+    updates: tuple[Buffered, ...]
+    how: LpFl
+
+
+LlmStep = WriteSheet | DecideSheet | TuneLlm
+Step = LlmStep | Average
 
 
 def start(settings: CrossLm, spec: AdapterSpec) -> dict[str, Array]:
@@ -123,15 +141,23 @@ def due(settings: CrossLm, state: State, now: float) -> Step | None:
         return DecideSheet(number) if len(last.ballots) >= settings.judges or late else None
     if len(state.tuned) <= number:
         return TuneLlm(number)
-    return WriteSheet(number + 1) if len(state.sheets) < settings.versions else None
+    if len(state.sheets) < settings.versions:
+        return WriteSheet(number + 1)
+    if (then := _afterwards(settings)) and (batch := lpfl.due(then, state)):
+        return Average(batch, then)
+    return None
 
 
 def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Work:
     """What a device that asks should do now: learn from what is decided, then judge what is not, each once."""
     version, number = state.version, len(state.sheets) - 1
+    mix = Mix(state.lines, settings.weight, settings.batch_size, settings.label_temperature) if state.feed else None
+    if version >= settings.versions and (then := _afterwards(settings)):
+        work = lpfl.plan(then, state, device, can_train)
+        return msgspec.structs.replace(work, synthetic=mix) if isinstance(work, Train) else work
     if can_train and device.trained < version:
-        mix = Mix(state.lines, settings.weight, settings.batch_size) if state.feed else None
-        return Train(version, state.adapter, settings.training, None, settings.seed + 1, synthetic=mix, share=False)
+        training = settings.training if mix else settings.alone
+        return Train(version, state.adapter, training, None, settings.seed + 1, synthetic=mix, share=False)
     if number >= 0 and not state.sheets[number].judged and device.judged < number:
         sheet = state.sheets[number]
         return Predict(number, state.adapter, sheet.texts, sheet.size, sheet.count, settings.form)
@@ -143,7 +169,17 @@ def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Wo
 def finished(settings: CrossLm, state: State) -> bool:
     """Whether the last sheet is decided, the LLM has learned from it, and so has every device that trains."""
     done = len(state.tuned) >= settings.versions
+    if then := _afterwards(settings):
+        return done and lpfl.finished(then, state)
     return done and all(d.trained >= settings.versions or d.trained < 0 for d in state.devices.values())
+
+
+def _afterwards(settings: CrossLm) -> LpFl | None:
+    """LP-FL as it goes on where the last sheet ended: its version 0 is the run's version `versions`."""
+    if (then := settings.federated) is None:
+        return None
+    soft = then.soft and msgspec.structs.replace(then.soft, first=then.soft.first + settings.versions)
+    return msgspec.structs.replace(then, versions=settings.versions + then.versions, soft=soft)
 
 
 # The mathematics ------------------------------------------------------------------------------------------------------

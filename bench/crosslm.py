@@ -1,0 +1,360 @@
+"""CrossLM-style learning and its ablations on the ICWSM-14 domains: does each side get better, and from what?
+
+Four devices, one domain each, 16 or 32 labels, 16 more to choose by; SmolLM2-135M-Instruct writes. One cell trains everything for
+one seed, and what methods have in common is done once. Settings come from validation text (docs/LOG.md), accuracy from test text.
+
+    zero_shot         the base model and its verbalizer
+    standalone        each device trains on its own labels
+    datafree_kd       labels, and as many texts as `crosslm` ever sees, with the label the LLM was asked for; nobody judges
+    no_feedback       texts are judged, and the LLM learns nothing from it
+    no_contrast       the LLM learns to write what is good, but not what is bad
+    crosslm           everything
+    unchosen          the same, but each device keeps its last adapter instead of the one better on its own held-out labels
+    lpfl              LP-FL: averaged adapters and soft labels of the devices' own texts, no LLM
+    crosslm_plus_lpfl LP-FL with crosslm's judged texts beside the labels
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import pydoc_data.topics
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench import fleet, mutual
+from bench.report import Result, spread
+from edge_sdk import verbs
+from edge_sdk.adapters import Arrays
+from edge_sdk.assets import MODELS, cache_folder, resolve
+from edge_sdk.protocol import Mix, Sample
+from edge_sdk.tasks import Example, Private, Task
+from edge_server import settings as run_settings
+from edge_server.llm.jobs import Foresee, Hello, Job, Label, Labelled, Lessons, Outcome, Perplexity, Scores, Tune, Tuning
+from edge_server.systems.crosslm import CrossLm
+
+METHODS = (
+    "zero_shot",
+    "standalone",
+    "datafree_kd",
+    "no_feedback",
+    "no_contrast",
+    "crosslm",
+    "unchosen",
+    "lpfl",
+    "crosslm_plus_lpfl",
+)
+FEW = ("zero_shot", "standalone", "datafree_kd", "crosslm", "unchosen")  # measured with 32 labels
+CHOICE = 16  # labels a device holds out, to keep the better adapter by
+UNLABELLED, HELD_OUT, LLM_TEXTS = 240, 240, 40  # of a device; LLM_TEXTS of its test texts are put to the LLM
+FOREIGN = 40  # excerpts of Python's manual: nothing a device or a judge ever saw
+DATA_FREE: dict[str, Any] = {}  # settings in which it differs from the run, as validation text wants them
+TOPIC = Task(("movie", "product"), "{text}\nThis is about a", ((" movie",), (" product",)), 1.0, 48)  # a task nobody trains
+
+
+class Cell(NamedTuple):
+    """Everything that is trained for one seed."""
+
+    labels: int
+    seed: int
+    methods: tuple[str, ...] = METHODS
+    part: fleet.Part = "test"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a cell works with: models, and the devices twice, as they learn and as they are measured."""
+
+    lab: fleet.Lab
+    task: Task
+    settings: CrossLm
+    devices: mutual.Devices
+    measured: Sequence[Private]
+    llm: mutual.Here
+    folder: Path
+
+    def accuracies(self, own: Sequence[Arrays]) -> list[float]:
+        """Each device's adapter on its domain's held-out text."""
+        pairs = zip(own, self.measured, strict=True)
+        return [fleet.accuracies(adapter, self.lab.spec, [private], self.lab.engine)[0] for adapter, private in pairs]
+
+    def versions(self, tuning: Tuning) -> list[mutual.Version]:
+        """A whole run, by the server's author and the devices' verbs."""
+        settings = msgspec.structs.replace(self.settings, tuning=tuning)
+
+        async def collect() -> list[mutual.Version]:
+            start, embed = self.lab.spec.start(settings.seed), self.lab.engine.embed
+            return [v async for v in mutual.versions(self.devices, start, settings, self.task, self.llm, self.folder, embed)]
+
+        return asyncio.run(collect())
+
+    def chosen(self, versions: Sequence[mutual.Version]) -> list[Arrays]:
+        """What devices keep in the end: a new adapter only where it is not worse on their own held-out labels."""
+        kept = []
+        for k, private in enumerate(self.devices.fleet):
+            own: Arrays = versions[0].own[k]
+            for version in versions[1:]:
+                own = verbs.better(own, version.own[k], self.lab.spec, private, self.lab.engine)[0]
+            kept.append(own)
+        return kept
+
+    def federated(self, feed: Sequence[Sample]) -> list[Arrays]:
+        """LP-FL with the settings of examples/minilm.toml, and the feed beside each device's labels."""
+        how, settings = msgspec.structs.replace(self.lab.settings.lpfl, seed=self.settings.seed), self.settings
+        mix = Mix(len(feed), settings.weight, settings.batch_size, settings.label_temperature) if feed else None
+        start, spec, engine = self.lab.spec.start(how.seed), self.lab.spec, self.lab.engine
+        adapter = fleet.federate(self.devices.fleet, start, spec, how, engine, self.lab.lora, feed, mix)
+        return [adapter] * len(self.measured)
+
+    def ask(self, job: Job) -> Outcome:
+        return asyncio.run(self.llm.run(job))
+
+
+def run_file() -> run_settings.RunSettings:
+    return run_settings.load(fleet.CONFIGS / "crosslm.toml")
+
+
+def settings_of(seed: int) -> CrossLm:
+    """The settings of examples/crosslm.toml, the LLM on one core."""
+    if (settings := run_file().crosslm) is None:
+        raise ValueError("examples/crosslm.toml has no table [crosslm]")
+    return msgspec.structs.replace(settings, seed=seed, llm=msgspec.structs.replace(settings.llm, threads=1))
+
+
+def measure(cell: Cell) -> list[dict[str, Any]]:
+    """Trains and measures one cell; runs in a worker process."""
+    from edge_server.llm.model import Llm
+
+    lab, settings, task = fleet.lab("minilm"), settings_of(cell.seed), run_file().task
+    private = fleet.devices("by-domain", cell.labels, UNLABELLED, CHOICE, "validation", cell.seed)
+    skip = CHOICE if cell.part == "validation" else 0  # nobody is measured on what it chose by
+    held = fleet.devices("by-domain", cell.labels, 0, HELD_OUT + skip, cell.part, cell.seed)
+    model, cache = resolve(MODELS[settings.llm.model]), cache_folder() / "bench"
+    cache.mkdir(parents=True, exist_ok=True)
+    here = mutual.Here(Llm(model, task, settings.llm), Hello(str(model), task, settings.llm), cache)
+    devices = mutual.Devices(private, lab.spec, lab.engine, lab.lora)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = [replace(p, held_out=p.held_out[skip:]) for p in held]
+        place = Place(lab, task, settings, devices, measured, here, Path(folder))
+        return [{"labels": cell.labels, "seed": cell.seed, **row} for row in _rows(place, cell.methods)]
+
+
+def _rows(place: Place, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Devices' rows, one a method, and the LLM's, one a version and one for its upper bound."""
+    tuning, start = place.settings.tuning, place.lab.spec.start(place.settings.seed)
+    deaf = msgspec.structs.replace(tuning, generation=0.0, contrast_weight=0.0, task=0.0)
+    versions: list[mutual.Version] = []
+    for method in methods:
+        began, more = time.perf_counter(), dict[str, Any]()
+        match method:
+            case "zero_shot":
+                own: Sequence[Arrays] = [start] * len(place.measured)
+            case "standalone":
+                own = place.devices.train(start, place.settings)
+            case "datafree_kd":
+                settings = msgspec.structs.replace(place.settings, **DATA_FREE)
+                own = place.devices.train(start, settings, asyncio.run(_as_written(place)))
+            case "no_feedback":
+                own = place.chosen(place.versions(deaf))
+            case "no_contrast":
+                own = place.chosen(found := place.versions(msgspec.structs.replace(tuning, contrast="none")))
+                more = {"acceptance": [v.acceptance for v in found[1:]]}
+            case "crosslm":
+                own = place.chosen(versions := place.versions(tuning))
+                more = {"upload_bytes": max(v.upload_bytes for v in versions), "by_version": _means(place, versions)}
+            case "unchosen":
+                own = versions[-1].own
+            case "lpfl":
+                own = place.federated(())
+            case "crosslm_plus_lpfl":
+                own = place.federated(versions[-1].feed)
+            case _:
+                raise ValueError(f"no method {method}")
+        accuracy, seconds = place.accuracies(own), time.perf_counter() - began
+        yield {"method": method, "accuracy": statistics.fmean(accuracy), "per_device": accuracy, "seconds": seconds, **more}
+    yield from _about_llm(place, versions)
+
+
+def _means(place: Place, versions: Sequence[mutual.Version]) -> list[float]:
+    return [statistics.fmean(place.accuracies(version.own)) for version in versions]
+
+
+async def _as_written(place: Place) -> list[Sample]:
+    """All that the base writes, with the labels it was asked for."""
+    texts = await mutual.sheets(place.settings, place.task, place.llm, place.folder, place.lab.engine.embed)
+    sure, names = np.eye(len(place.task.labels)), place.task.labels
+    return [
+        Sample(i + 1, text.id, text.text, names[text.label], tuple(map(float, sure[text.label])), 1.0, 0, "", "")
+        for i, text in enumerate(texts)
+    ]
+
+
+# The LLM --------------------------------------------------------------------------------------------------------------
+def _about_llm(place: Place, versions: Sequence[mutual.Version]) -> Iterator[dict[str, Any]]:
+    from edge_server.llm.model import Llm
+
+    other = place.settings.llm
+    other = msgspec.structs.replace(other, pattern=TOPIC.pattern, words=tuple(word[0] for word in TOPIC.verbalizer))
+    model = resolve(MODELS[other.model])
+    topic = mutual.Here(Llm(model, TOPIC, other), Hello(str(model), TOPIC, other), cache_folder() / "bench")
+    about = [Example(e.text, i) for i in (0, 1) for e in place.measured[i].held_out[:LLM_TEXTS]]  # movie and amazon
+    known = [e for private in place.measured for e in private.held_out[:LLM_TEXTS]]
+    foreign = tuple(" ".join(text.split())[:400] for text in sorted(pydoc_data.topics.topics.values())[:FOREIGN])
+
+    def row(name: str, adapter: str) -> dict[str, Any]:
+        raw, balanced = _accuracy(place.llm, adapter, known)
+        outcome = place.ask(Foresee(adapter, foreign))
+        perplexity = outcome.value if isinstance(outcome, Perplexity) else float("nan")
+        found = {"llm": name, "task": raw, "task_balanced": balanced, "foreign_perplexity": perplexity}
+        return {**found, "other_task_balanced": _accuracy(topic, adapter, about)[1]}
+
+    yield row("before", "")
+    for number, version in enumerate(versions[1:]):
+        yield {**row(f"version {number + 1}", version.llm), "acceptance": version.acceptance, "feed": len(version.feed)}
+    yield row("upper_bound", str(_upper_bound(place)))
+
+
+def _upper_bound(place: Place) -> Path:
+    """The LLM tuned on all devices' labels in one place, as many steps as in a whole run."""
+    tuning, classes = place.settings.tuning, len(place.task.labels)
+    pooled = [e for private in place.devices.fleet for e in private.labelled]
+    labelled = tuple(Labelled(e.text, tuple(float(e.label == c) for c in range(classes))) for e in pooled)
+    out = place.folder / "upper-bound"
+    steps = tuning.steps * place.settings.versions
+    place.ask(Tune("", str(out), Lessons(labelled=labelled), msgspec.structs.replace(tuning, steps=steps), place.settings.seed))
+    return out
+
+
+def _accuracy(llm: mutual.Here, adapter: str, examples: Sequence[Example]) -> tuple[float, float]:
+    """As the LLM answers, and with the threshold where half of all texts are above it: what calibration alone can give."""
+    outcome = asyncio.run(llm.run(Label(adapter, tuple(e.text for e in examples))))
+    scores = np.array(outcome.scores if isinstance(outcome, Scores) else ())
+    labels, margin = np.array([e.label for e in examples]), scores[:, 1] - scores[:, 0]
+    return float(((margin > 0) == labels).mean()), float(((margin > np.median(margin)) == labels).mean())
+
+
+# The bench ------------------------------------------------------------------------------------------------------------
+def run(full: bool) -> Result:
+    """16 labels and two seeds, half an hour on two cores; `full`: three seeds, and 32 labels too, without the ablations."""
+    cells = [Cell(16, seed) for seed in range(3 if full else 2)] + [Cell(32, seed, FEW) for seed in range(3 if full else 0)]
+    rows = run_all(cells)
+    return Result("crosslm", rows, summary(rows), _table(rows), _targets(rows))
+
+
+def run_all(cells: Sequence[Cell], workers: int = 2) -> list[dict[str, Any]]:
+    """Measures all cells, each in one thread of one of `workers` processes."""
+    fleet.bundle_of("minilm")  # exported and fetched once, before the workers need them
+    resolve(MODELS[settings_of(0).llm.model])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, Progress(*columns) as progress:
+        bar = progress.add_task("cells", total=len(cells))
+        jobs = {pool.submit(measure, cell): i for i, cell in enumerate(cells)}
+        rows: dict[int, list[dict[str, Any]]] = {}
+        for job in as_completed(jobs):
+            rows[jobs[job]] = job.result()
+            progress.advance(bar)
+            if not progress.console.is_terminal:
+                print(f"{len(rows)} of {len(cells)}: {cells[jobs[job]].labels} labels, seed {cells[jobs[job]].seed}", flush=True)
+    return [row for i in range(len(cells)) for row in rows[i]]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds of the runs with 16 labels, and of those with 32 where there are any."""
+    few = [r for r in rows if r["labels"] == 16]
+    llm = {name: _llm(few, name) for name in ("before", "upper_bound")}
+    first, last = _llm(few, "version 1"), _llm(few, _last(few))
+    return {
+        "slm": _methods(few),
+        "slm_32_labels": _methods([r for r in rows if r["labels"] == 32]),
+        "llm": {
+            "task_before": llm["before"]["task"],
+            "task_before_balanced": llm["before"]["task_balanced"],
+            "task_after": last["task"],
+            "task_after_balanced": last["task_balanced"],
+            "task_upper_bound": llm["upper_bound"]["task"],
+            "foreign_perplexity_ratio": _ratio(few),
+            "other_task_before": llm["before"]["other_task_balanced"],
+            "other_task_after": last["other_task_balanced"],
+            "acceptance_first": first["acceptance"],
+            "acceptance_last": last["acceptance"],
+        },
+        "bytes_per_device_version": max(r["upload_bytes"] for r in rows if "upload_bytes" in r),
+    }
+
+
+def _methods(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    found = {m: [r["accuracy"] for r in rows if r.get("method") == m] for m in METHODS}
+    return {m: spread(values) for m, values in found.items() if values}
+
+
+def _llm(rows: Sequence[dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+    """Every number of the LLM's rows of this name, over seeds."""
+    own = [r for r in rows if r.get("llm") == name]
+    return {key: spread([r[key] for r in own]) for key in own[0] if key not in ("labels", "seed", "llm")}
+
+
+def _last(rows: Sequence[dict[str, Any]]) -> str:
+    """The name of the last version's rows."""
+    return f"version {sum('acceptance' in r for r in rows if 'llm' in r) // len({r['seed'] for r in rows})}"
+
+
+def _ratio(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Perplexity on foreign text, last version over base, seed by seed."""
+    found = {(r["seed"], r["llm"]): r["foreign_perplexity"] for r in rows if "llm" in r}
+    last = _last(rows)
+    return spread([found[seed, last] / found[seed, "before"] for seed in sorted({seed for seed, _ in found})])
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of the README; a test holds the two together."""
+    lines = ["| labels | " + " | ".join(m.replace("_", " ") for m in METHODS) + " |", "| --- " * (len(METHODS) + 1) + "|"]
+    for labels in dict.fromkeys(r["labels"] for r in rows):
+        found = _methods([r for r in rows if r["labels"] == labels])
+        lines.append(f"| {labels} | " + " | ".join(f"{found[m]['mean']:.3f}" if m in found else "" for m in METHODS) + " |")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="accuracy on test text, mean over devices (spread over seeds)")
+    table.add_column("labels", justify="right")
+    for name in METHODS:
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for labels in dict.fromkeys(r["labels"] for r in rows):
+        found = _methods([r for r in rows if r["labels"] == labels])
+        table.add_row(str(labels), *(f"{found[m]['mean']:.3f}\n±{found[m]['std']:.3f}" if m in found else "" for m in METHODS))
+    return table
+
+
+def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is promised, and by how much it is kept or missed; differences are within a seed."""
+    lines, of = [], {(r["labels"], r["seed"], r["method"]): r["accuracy"] for r in rows if "method" in r}
+    for labels in dict.fromkeys(r["labels"] for r in rows):
+        seeds = sorted({seed for count, seed, _ in of if count == labels})
+        for base, margin in (("standalone", 0.058), ("datafree_kd", 0.02), ("no_feedback", 0.0), ("no_contrast", 0.0)):
+            if (labels, seeds[0], base) in of:
+                got = spread([of[labels, seed, "crosslm"] - of[labels, seed, base] for seed in seeds])
+                what = f"{labels} labels: crosslm - {base} = {got['mean']:+.4f} ±{got['std']:.4f}, target >= {margin:+.3f}"
+                lines.append(f"{what}: {'kept' if got['mean'] >= margin else 'MISSED'}")
+    numbers = summary(rows)["llm"]
+    mean = {name: value["mean"] for name, value in numbers.items()}
+    for text, value, kept in (
+        ("LLM's task accuracy, after - before (target >= +0.10)", mean["task_after"] - mean["task_before"], 0.10),
+        ("the same with balanced thresholds", mean["task_after_balanced"] - mean["task_before_balanced"], 0.0),
+        ("after / upper bound (target >= 0.90)", mean["task_after"] / mean["task_upper_bound"], 0.90),
+        ("acceptance, last - first (target > 0)", mean["acceptance_last"] - mean["acceptance_first"], 0.0),
+    ):
+        lines.append(f"{text} = {value:+.4f}: {'kept' if value >= kept else 'MISSED'}")
+    ratio = mean["foreign_perplexity_ratio"]
+    return [*lines, f"perplexity on foreign text = x{ratio:.4f} (target <= 1.01): {'kept' if ratio <= 1.01 else 'MISSED'}"]

@@ -1,0 +1,130 @@
+"""CrossLM-style learning without a network: the server's own author and the devices' own verbs, called in one process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edge_sdk import files, verbs, wire
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, add
+from edge_sdk.judgments import Bytes
+from edge_sdk.protocol import Judgment, Mix, Sample, Text
+from edge_sdk.tasks import Private, Task
+from edge_server import coordinator
+from edge_server.author import Author
+from edge_server.coordinator import Enrolled, Judged, Published, State
+from edge_server.knowledge.filters import Embed
+from edge_server.llm.jobs import Hello, Job, Outcome, Write
+from edge_server.llm.worker import do
+from edge_server.storage import Blobs
+from edge_server.systems.crosslm import CrossLm, DecideSheet, TuneLlm, WriteSheet
+
+if TYPE_CHECKING:
+    from edge_sdk.engines import Scorer
+    from edge_server.llm.model import Llm
+
+Liar = Callable[[int, Bytes], Bytes]
+
+
+class Here:
+    """The LLM in this process. What the base writes is the same for every method of a seed, and kept in `cache`."""
+
+    def __init__(self, llm: Llm, hello: Hello, cache: Path) -> None:
+        self._llm, self._name, self._cache = llm, msgspec.json.encode(hello), cache
+
+    async def run(self, job: Job) -> Outcome:
+        if not isinstance(job, Write) or job.adapter:
+            return do(self._llm, job)
+        kept = self._cache / f"{hashlib.sha256(self._name + msgspec.json.encode(job)).hexdigest()[:24]}.json"
+        if not kept.exists():
+            files.write(kept, msgspec.json.encode(do(self._llm, job)))
+        return msgspec.json.decode(kept.read_bytes(), type=Outcome)  # type: ignore[no-any-return]
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """After a sheet: the devices' own adapters, the feed they learned from, the LLM's adapter, the share of good texts."""
+
+    own: tuple[dict[str, Array], ...]
+    feed: tuple[Sample, ...]
+    llm: str
+    acceptance: float
+    upload_bytes: int
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Everything devices need to train and to judge."""
+
+    fleet: Sequence[Private]
+    spec: AdapterSpec
+    engine: Scorer
+    trainer: verbs.Fits
+    known: dict[bytes, tuple[dict[str, Array], ...]] = field(default_factory=dict)
+
+    def train(self, start: Arrays, settings: CrossLm, feed: Sequence[Sample] = ()) -> tuple[dict[str, Array], ...]:
+        """Each device's own adapter, from private labels and the feed."""
+        mix = Mix(len(feed), settings.weight, settings.batch_size, settings.label_temperature) if feed else None
+        key = msgspec.json.encode((settings.training, settings.alone, settings.seed, mix, feed))
+        if key in self.known:  # methods of a seed have their first versions in common
+            return self.known[key]
+        how, seed, own = settings.training if feed else settings.alone, settings.seed + 1, []
+        for private in self.fleet:
+            prepared = verbs.prepare(0, start, self.spec, private, how, None, seed, self.engine, None, feed, mix)
+            own.append(add(start, prepared.learned(*self.trainer.fit(prepared.job)).delta))
+        self.known[key] = tuple(own)
+        return self.known[key]
+
+
+async def versions(
+    devices: Devices,
+    start: Arrays,
+    settings: CrossLm,
+    task: Task,
+    compute: Here,
+    folder: Path,
+    embed: Embed | None,
+    lie: Liar | None = None,
+) -> AsyncIterator[Version]:
+    """All versions of a run, as the server and agents make them over HTTP. `lie` may change what a device answers."""
+    blobs = Blobs(folder)
+    author = Author(settings, task, blobs, compute, embed, lambda: 0.0)
+    state = coordinator.apply(State(), Published(0, "start", 0))
+    for k in range(len(devices.fleet)):
+        state = coordinator.apply(state, Enrolled(str(k), "x"))
+    own = devices.train(start, settings)
+    yield Version(own, (), "", 0.0, 0)
+    for number in range(settings.versions):
+        state = coordinator.apply(state, await author.carry_out(WriteSheet(number), state))
+        sheet = wire.unpack_lines(blobs.get(state.sheets[-1].texts), Text)
+        size = 0
+        for k, private in enumerate(devices.fleet):
+            count, metrics, covers, answer = verbs.judge(sheet, own[k], devices.spec, private, devices.engine, settings.form)
+            body = wire.pack_judgment(Judgment(str(k), number, count, metrics, covers), answer if lie is None else lie(k, answer))
+            message, size = author.read(body, state), max(size, len(body))
+            decision = coordinator.judge(state, message, f"{k} {number}", blobs.put(body), len(body))
+            if isinstance(decision, Judged):  # always: nobody answers twice here
+                state = coordinator.apply(state, decision)
+        for step in (DecideSheet(number), TuneLlm(number)):
+            state = coordinator.apply(state, await author.carry_out(step, state))
+        feed = tuple(line for line in author.lines(state, []) if isinstance(line, Sample))
+        own = devices.train(start, settings, feed)
+        yield Version(own, feed, str(blobs.path(state.tuned[-1]) or ""), state.sheets[-1].acceptance, size)
+
+
+async def sheets(settings: CrossLm, task: Task, compute: Here, folder: Path, embed: Embed | None) -> list[Text]:
+    """What the base writes if nobody tells it anything: as many sheets as a run has."""
+    blobs, state = Blobs(folder), State()
+    author, found = Author(settings, task, blobs, compute, embed, lambda: 0.0), []
+    for number in range(settings.versions):
+        state = coordinator.apply(state, await author.carry_out(WriteSheet(number), state))
+        found += wire.unpack_lines(blobs.get(state.sheets[-1].texts), Text)
+    return found

@@ -133,7 +133,7 @@ class Ledger:
         Raises:
             WireError: the upload is refused; nothing of it remains.
         """
-        if (averaged := self._averaged) is None:
+        if (averaged := self._settings.averaged) is None:
             raise WireError("wrong-system", f"what devices learn stays with them in {self._settings.system}", 404)
         body = await asyncio.to_thread(incoming.read_bytes)
         update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
@@ -194,11 +194,6 @@ class Ledger:
         async with self._lock:
             if event := coordinator.withdraw(self.state, sample, known):
                 await self._record(event)
-
-    @property
-    def _averaged(self) -> LpFl | None:
-        """How what devices send becomes a version; None in a run where they send nothing."""
-        return self._settings.lpfl if self._author is None else self._author.settings.federated
 
     @property
     def _writer(self) -> Author:

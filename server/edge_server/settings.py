@@ -60,12 +60,21 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise SettingsError('system = "crosslm" needs a table [crosslm] with at least its prompts')
             if len(self.crosslm.names) not in (0, len(self.task.labels)) or not self.task.labels:
                 raise SettingsError("crosslm needs a task with labels, and crosslm.names one name for each, or none")
-        if self.adapter.freeze_a and self.lpfl.average == "products":
+        if (averaged := self.averaged) is None:
+            return
+        if self.adapter.freeze_a and averaged.average == "products":
             raise SettingsError("with adapter.freeze_a the mean of B is exact already, and products would change A: take factors")
-        if 0 < self.adapter.min_rank < self.adapter.rank and self.lpfl.average == "factors" and not self.adapter.freeze_a:
+        if 0 < self.adapter.min_rank < self.adapter.rank and averaged.average == "factors" and not self.adapter.freeze_a:
             raise SettingsError(
                 "factors of different ranks have no mean: with adapter.min_rank set lpfl.average to products, or adapter.freeze_a"
             )
+
+    @property
+    def averaged(self) -> LpFl | None:
+        """How what devices send becomes a version; None in a run where they keep it."""
+        if self.system == "crosslm":
+            return self.crosslm.federated if self.crosslm is not None else None
+        return self.lpfl
 
 
 def load(path: Path) -> RunSettings:

@@ -57,8 +57,8 @@ METHODS = (
 )
 FEW = ("zero_shot", "standalone", "datafree_kd", "crosslm", "unchosen")  # measured with 32 labels
 CHOICE = 16  # labels a device holds out, to keep the better adapter by
-UNLABELLED, HELD_OUT, LLM_TEXTS = 240, 240, 40  # of a device; LLM_TEXTS of its test texts are put to the LLM
-FOREIGN = 40  # excerpts of Python's manual: nothing a device or a judge ever saw
+UNLABELLED, HELD_OUT, LLM_TEXTS = 240, 240, 30  # of a device; LLM_TEXTS of its test texts are put to the LLM
+FOREIGN = 24  # excerpts of Python's manual: nothing a device or a judge ever saw
 DATA_FREE: dict[str, Any] = {}  # settings in which it differs from the run, as validation text wants them
 TOPIC = Task(("movie", "product"), "{text}\nThis is about a", ((" movie",), (" product",)), 1.0, 48)  # a task nobody trains
 

@@ -71,7 +71,7 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     llm: LlmSettings = LlmSettings()
     leash: int = 40
     alone: Training = Training(steps=32, batch_size=8, learning_rate=5e-4, dropout=0.2)
-    training: Training = Training(steps=32, batch_size=8, learning_rate=1e-3, dropout=0.2)
+    training: Training = Training(steps=24, batch_size=8, learning_rate=1e-3, dropout=0.2)
     weight: float = 1.0
     batch_size: int = 16
     label_temperature: float = 0.5

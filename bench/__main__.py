@@ -11,6 +11,7 @@ from bench.report import show
 
 BENCHES = {
     "lpfl": "LP-FL against its baselines",
+    "crosslm": "mutual learning with the LLM against its baselines and without its parts",
     "lpfl_settings": "how LP-FL's settings were chosen, on validation text",
     "training": "split training against PEFT and the Trainer: seconds, memory, disk, accuracy",
     "training_settings": "how the rates of training were chosen, on validation text",

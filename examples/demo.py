@@ -43,7 +43,7 @@ from edge_server.systems.lpfl import LpFl
 from examples import icwsm, report, story
 
 LABELLED, UNLABELLED, HELD_OUT, TESTED = 16, 240, 100, 300
-LLM_TESTED = 40  # of a device's test texts are put to the LLM
+LLM_TESTED = 25  # of a device's test texts are put to the LLM
 CONFIG = {"minilm": "demo", "smollm2": "smollm2"}
 MARK = ".tandem-demo"  # in every folder that a demo made and may empty
 DEADLINE = 3600.0  # seconds for the federated part: a stuck run must end
@@ -227,7 +227,7 @@ def baselines(homes: dict[str, Path], address: str, settings: LpFl, out: Path, r
 def watch(
     address: str, devices: Sequence[Device], server: subprocess.Popen[bytes], out: Path, versions: int, console: Console
 ) -> Status:
-    """Shows the run as it goes, until every device has measured the last version and gone home."""
+    """Shows the run as it goes, until every device has measured the last version and gone home, and the LLM has learned."""
     deadline = time.monotonic() + DEADLINE
     shown = -1
     with Live(console=console, refresh_per_second=4, transient=True) as live:
@@ -239,8 +239,8 @@ def watch(
             elif status.version > shown:
                 shown = status.version
                 console.print(f"version {shown} of {versions}")
-            if all(device.process.poll() == 0 for device in devices):
-                return ask(address)
+            if all(device.process.poll() == 0 for device in devices) and status.finished:
+                return status
             for device in devices:
                 if device.process.poll() not in (None, 0):
                     ended(device.process, f"edge-agent {device.name}", device.log)

@@ -42,7 +42,7 @@ from edge_sdk.store import WORK, Parcel, Store
 from edge_sdk.testing import ServerSimulator
 from edge_sdk.training.batches import Training
 from edge_sdk.training.depth import Limits
-from edge_sdk.wire import JSON_TYPE, encode, pack_adapter, pack_lines, unpack, unpack_judgment, update_shapes
+from edge_sdk.wire import JSON_TYPE, encode, pack_adapter, pack_lines, unpack, unpack_adapter, unpack_judgment, update_shapes
 from tests import factories
 
 
@@ -797,7 +797,8 @@ async def test_what_it_learned_for_itself_stays(world: World, tmp_path: Path) ->
     assert hashlib.sha256((world.store.home / START).read_bytes()).hexdigest() == adapter
     assert isinstance(report, Trained)
     assert (report.device, report.version, report.num_examples) == ("same", 4, 18)
-    assert {**report.metrics} == {**update.metrics, "synthetic_examples": 2.0, "accuracy": report.metrics["accuracy"]}
+    measured = {"synthetic_examples": 2.0, "accuracy": report.metrics["accuracy"], "newer": 1.0}
+    assert {**report.metrics} == {**update.metrics, **measured}
     device = EdgeDevice(world.store.home, cache=world.cache)
     engine = (await world.agent().models()).engine
     engine.set_adapter(Adapter(add(world.spec.start(0), delta), world.spec))
@@ -806,6 +807,96 @@ async def test_what_it_learned_for_itself_stays(world: World, tmp_path: Path) ->
     engine.set_adapter(None)
     assert (engine.score(SHEET) != expected).any()
     device.close()
+
+
+HARDLY = Training(steps=1, batch_size=3, learning_rate=1e-12)  # what it ends at says what the base says
+
+
+def hardly(adapter: str) -> Train:
+    """Work after `own_work(version=3)` that ends at another adapter, one that has learned nothing."""
+    return msgspec.structs.replace(own_work(adapter), training=HARDLY)
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Two works of a device, the adapters they end at, and held-out texts with the class each adapter says they are of."""
+
+    works: tuple[Train, Train]
+    adapters: tuple[bytes, bytes]
+    said: tuple[dict[str, int], dict[str, int]]
+
+    def hold(self, store: Store, right: int | None) -> None:
+        """Held-out texts: some that both adapters have right, and those that only the adapter `right` has."""
+        for text in self.said[0]:
+            if right is not None or self.said[0][text] == self.said[1][text]:
+                store.add(text, factories.ENCODER_TASK.labels[self.said[right or 0][text]], held_out=True)
+
+
+async def rivals(world: World, tmp_path: Path) -> Rivals:
+    works = own_work(start(world), version=3), hardly(start(world))
+    first, second = [(await learned(world, tmp_path / str(work.version), work))[1] for work in works]
+    engine = (await world.agent().models()).engine
+    texts = [f"a {word} {noun}" for noun in ("phone", "film") for word in factories.GOOD + factories.BAD]
+    said = []
+    for body in (first, second):
+        engine.set_adapter(Adapter(unpack_adapter(body, world.spec.shapes()), world.spec))
+        said.append(dict(zip(texts, engine.logits(texts).argmax(1).tolist(), strict=True)))
+    engine.set_adapter(None)
+    assert said[0] != said[1]
+    assert any(said[0][text] == said[1][text] for text in texts)
+    return Rivals(works, (first, second), (said[0], said[1]))
+
+
+async def test_it_keeps_the_adapter_that_serves_it_better(world: World, tmp_path: Path) -> None:
+    """Where a new training ends at less accuracy, the old adapter stays, judges, and its numbers are told; one line says so."""
+    rival = await rivals(world, tmp_path)
+    many(world.store)
+    rival.hold(world.store, 0)
+    world.server.work += [*rival.works, sheet(world), Finished(5, "")]
+    await world.agent(limits=SMALL, look=Conditions).run()
+    first, second, _ = world.server.results
+
+    assert (world.store.home / ADAPTER).read_bytes() == rival.adapters[0]
+    assert (first.metrics["newer"], first.metrics["accuracy"]) == (1.0, 1.0)
+    assert (second.metrics["newer"], second.metrics["accuracy"]) == (0.0, 1.0)
+    assert (second.version, world.store.fact(WORK)) == (4, None)
+    stays = "version {}: the adapter it had is better on held-out text, and stays"
+    assert [line for line in world.lines if "stays" in line] == [stays.format(4)]
+    assert answer_in(world.server.bodies[2]) == await levels(world, unpack_adapter(rival.adapters[0], world.spec.shapes()))
+
+
+@pytest.mark.parametrize(("right", "accuracy"), [(1, 1.0), (None, 1.0), (-1, None)])
+async def test_it_keeps_the_new_adapter_where_the_old_is_not_better(
+    world: World, tmp_path: Path, right: int | None, accuracy: float | None
+) -> None:
+    """A better one, one that does alike, or one that cannot be compared for want of held-out text: it replaces the old one."""
+    rival = await rivals(world, tmp_path)
+    many(world.store)
+    if right != -1:
+        rival.hold(world.store, right)
+    world.server.work += [*rival.works, Finished(5, "")]
+    await world.agent(limits=SMALL, look=Conditions).run()
+    _, second = world.server.results
+
+    assert (world.store.home / ADAPTER).read_bytes() == rival.adapters[1] != rival.adapters[0]
+    assert (second.metrics["newer"], second.metrics.get("accuracy")) == (1.0, accuracy)
+    assert not world.said("stays")
+
+
+async def test_what_is_shared_is_not_compared(world: World, tmp_path: Path) -> None:
+    """An update is sent whatever the device has; it stays with the global adapter, and no number speaks of a newer one."""
+    rival = await rivals(world, tmp_path)
+    many(world.store)
+    rival.hold(world.store, 0)
+    own, worse = rival.works
+    world.server.work += [own, msgspec.structs.replace(worse, share=True), Finished(5, worse.adapter)]
+    await world.agent(limits=SMALL, look=Conditions).run()
+    _, update = world.server.results
+
+    assert isinstance(update, Update)
+    assert update.metrics.keys() == {"loss"}
+    assert not world.said("stays")
+    assert hashlib.sha256((world.store.home / ADAPTER).read_bytes()).hexdigest() == worse.adapter
 
 
 async def test_synthetic_texts_change_what_is_learned(world: World, tmp_path: Path) -> None:
@@ -962,6 +1053,33 @@ async def test_power_cut_between_adapter_and_report(world: World, tmp_path: Path
     await world.agent(limits=SMALL, look=Conditions).run()
 
     assert (world.server.bodies[0], (world.store.home / ADAPTER).read_bytes()) == await learned(world, tmp_path, work)
+
+
+@pytest.mark.parametrize("right", [0, 1])
+async def test_power_cut_after_a_comparison(world: World, tmp_path: Path, right: int) -> None:
+    """A device cut between adapter and report compares again, and keeps and reports what an undisturbed one does."""
+    rival = await rivals(world, tmp_path)
+    bodies = []
+    for cut in (False, True):
+        store = Store(tmp_path / f"cut-{cut}")
+        many(store)
+        rival.hold(store, right)
+        server = ServerSimulator(world.server.manifest, [rival.works[0], Finished(4, "")], world.server.blobs)
+        args: dict[str, Any] = {"say": world.lines.append, "sleep": world.sleep, "limits": SMALL, "look": Conditions}
+        await Agent(store, server, world.cache, "device", **args).run()
+        server.work += [rival.works[1], Finished(5, "")]
+        if cut:
+            fragile = Fragile(store.home)
+            with pytest.raises(PowerCut):
+                await Agent(fragile, server, world.cache, "device", **args).run()
+            fragile.close()
+            assert len(server.bodies) == 1
+        await Agent(store, server, world.cache, "device", **args).run()
+        store.close()
+        bodies.append([*server.bodies, (store.home / ADAPTER).read_bytes()])
+
+    assert bodies[0] == bodies[1]
+    assert bodies[0][2] == rival.adapters[right]
 
 
 HOSTILE: dict[str, list[bytes]] = {

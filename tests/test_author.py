@@ -49,7 +49,7 @@ class Desk:
     def apply(self, event: coordinator.Event) -> None:
         self.state = coordinator.apply(self.state, event)
 
-    async def do(self, step: crosslm.LlmStep) -> Any:
+    async def do(self, step: crosslm.Step) -> Any:
         """Carries a step out and applies what came of it."""
         event = await self.author.carry_out(step, self.state)
         self.apply(event)
@@ -254,7 +254,7 @@ async def test_a_run_goes_on_where_there_is_nothing_to_learn(tmp_path: Path, tun
 
 
 @pytest.mark.parametrize("step", [WriteSheet(1), DecideSheet(0), TuneLlm(0)])
-async def test_an_llm_that_fails_or_talks_nonsense_changes_nothing(tmp_path: Path, step: crosslm.LlmStep) -> None:
+async def test_an_llm_that_fails_or_talks_nonsense_changes_nothing(tmp_path: Path, step: crosslm.Step) -> None:
     """The error reaches the caller, no half file is left, and the same step succeeds later."""
     desk = Desk(tmp_path, leash=0)
     await desk.do(WriteSheet(0))

@@ -1,24 +1,43 @@
-"""The benches' own logic on a tiny model: every method runs, and numbers become summaries as documented."""
+"""The benches' own logic on a tiny model: every method runs, numbers become summaries as documented, and what is measured is
+what server and devices do.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from rich.table import Table
 
-from bench import fleet, lpfl
+from bench import crosslm, fleet, lpfl, mutual
 from bench.report import Result, show, spread
 from edge_sdk import bundle as bundles
-from edge_sdk.engines import open_engine
+from edge_sdk import verbs, wire
+from edge_sdk.adapters import Adapter, Array, Arrays, add
+from edge_sdk.engines import Sampling, open_engine
+from edge_sdk.judgments import Bytes
+from edge_sdk.protocol import Judgment, Sample, Train
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Example, Private
-from edge_sdk.training.batches import Training
+from edge_sdk.training.batches import Job, Training
+from edge_server import coordinator
 from edge_server import settings as run_settings
+from edge_server.coordinator import Decided, Enrolled, Published, State, Tuned, Written
+from edge_server.llm import jobs
+from edge_server.llm.jobs import Hello, LlmSettings, Texts, Write
+from edge_server.llm.model import Llm
+from edge_server.systems import crosslm as systems
+from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.lpfl import LpFl
-from tests import factories
+from tests import factories, strategies, tiny
+from tests.server_helpers import MOODS, Simulator, mood, with_llm
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +131,346 @@ def test_targets_are_judged_within_a_seed() -> None:
     assert lines[1].endswith("MISSED")
     assert lines[2].endswith("kept")
     assert lines[3].endswith("MISSED")
+
+
+# Mutual learning ------------------------------------------------------------------------------------------------------
+@dataclass
+class Counting:
+    """The lab's learner, and every job it was given."""
+
+    trainer: verbs.Fits
+    jobs: list[Job] = field(default_factory=list)
+
+    def fit(self, job: Job) -> tuple[dict[str, Array], float]:
+        self.jobs.append(job)
+        return self.trainer.fit(job)
+
+
+def mutual_settings(**changes: Any) -> CrossLm:
+    """Two sheets of eight texts; devices take other steps alone than with the feed."""
+    own = {"alone": Training(steps=1, batch_size=2), "training": Training(steps=2, batch_size=3), "batch_size": 2, "seed": 5}
+    made = with_llm(**{**own, **changes}).crosslm
+    assert made is not None
+    return made
+
+
+def devices_of(lab: fleet.Lab) -> tuple[mutual.Devices, Counting]:
+    trainer = Counting(lab.lora)
+    return mutual.Devices(some_devices(), lab.spec, lab.engine, trainer), trainer
+
+
+def sample(seq: int, text: str = "a great day", soft: tuple[float, ...] = (0.25, 0.75)) -> Sample:
+    return Sample(seq, f"s{seq}", text, "positive", soft, 0.75, 0, "llm", "")
+
+
+def honest(_: int, answer: Bytes) -> Bytes:
+    """What a judge says who reads the simulator's texts: of eight, the fourth of each prompt is of the other class."""
+    sure = [[255, 0] if MOODS[(prompt + (i == 3)) % 2] == MOODS[0] else [0, 255] for prompt in (0, 1) for i in range(4)]
+    assert answer.shape == (len(sure), 2)
+    return np.array(sure, np.uint8)
+
+
+def run_versions(
+    devices: mutual.Devices, settings: CrossLm, folder: Path, llm: Simulator | None = None, lie: mutual.Liar | None = honest
+) -> list[mutual.Version]:
+    compute: Any = llm or Simulator()
+    start = devices.spec.start(settings.seed)
+
+    async def collect() -> list[mutual.Version]:
+        return [v async for v in mutual.versions(devices, start, settings, factories.ENCODER_TASK, compute, folder, None, lie)]
+
+    return asyncio.run(collect())
+
+
+def test_what_was_trained_is_not_trained_again(lab: fleet.Lab) -> None:
+    """The same settings and feed give the same adapters without a step; another feed, seed or temperature is another training."""
+    devices, trainer = devices_of(lab)
+    settings, feed = mutual_settings(), (sample(1), sample(2, "a sad day", (0.875, 0.125)))
+    start = lab.spec.start(5)
+    alone, mixed = devices.train(start, settings), devices.train(start, settings, feed)
+    assert len(trainer.jobs) == 4
+    assert devices.train(start, settings) is alone
+    assert devices.train(start, settings, list(feed)) is mixed
+    assert devices.train(start, msgspec.structs.replace(settings, tuning=jobs.Tuning(steps=9), judges=9), feed) is mixed
+    assert len(trainer.jobs) == 4
+
+    others = [
+        devices.train(start, settings, feed[:1]),
+        devices.train(start, settings, (feed[0], sample(2, "a fine story", (0.875, 0.125)))),
+        devices.train(start, msgspec.structs.replace(settings, seed=6), feed),
+        devices.train(start, msgspec.structs.replace(settings, label_temperature=1.0), feed),
+        devices.train(start, msgspec.structs.replace(settings, weight=0.5), feed),
+        devices.train(start, msgspec.structs.replace(settings, training=settings.alone), feed),
+    ]
+    assert len(trainer.jobs) == 4 + 2 * len(others)
+    ends = {b"".join(array.tobytes() for array in own[0].values()) for own in (alone, mixed, *others)}
+    assert len(ends) == 2 + len(others)
+
+
+def test_devices_of_the_bench_train_as_the_server_tells_devices(lab: fleet.Lab, tmp_path: Path) -> None:
+    """For each version: the work that `crosslm.plan` hands out, done with a device's verbs, ends at the same arrays."""
+    devices, _ = devices_of(lab)
+    settings = mutual_settings()
+    found = run_versions(devices, settings, tmp_path)
+    start, state = lab.spec.start(5), coordinator.apply(State(), Published(0, "start", 0))
+    state = coordinator.apply(state, Enrolled("0", "x"))
+    for number, version in enumerate(found):
+        work = systems.plan(settings, state, state.devices["0"], can_train=True)
+        assert isinstance(work, Train)
+        assert work.version == number
+        for private, own in zip(devices.fleet, version.own, strict=True):
+            feed = version.feed[: work.synthetic.until if work.synthetic else 0]
+            learned = verbs.prepare(
+                *(number, start, lab.spec, private, work.training, work.soft, work.seed, lab.engine, None, feed, work.synthetic)
+            )
+            assert strategies.same(add(start, learned.learned(*lab.lora.fit(learned.job)).delta), own)
+        for event in (Written(number, "t", "d", 9, 8, "", {}, 0.0), Decided(number, "j", 6, 0.75), Tuned(number, "llm", 0.5)):
+            state = coordinator.apply(state, event)
+
+
+def test_a_run_without_a_network_is_a_run(lab: fleet.Lab, tmp_path: Path) -> None:
+    """First what devices learn alone, then a version a sheet: its good texts join the feed, the LLM's adapter is a file."""
+    devices, _ = devices_of(lab)
+    settings, llm = mutual_settings(), Simulator()
+    first, second, third = run_versions(devices, settings, tmp_path, llm)
+
+    assert (first.own, first.feed, first.llm, first.acceptance, first.upload_bytes) == (
+        devices.train(lab.spec.start(5), settings),
+        (),
+        "",
+        0.0,
+        0,
+    )
+    assert [v.acceptance for v in (second, third)] == [0.75, 0.75]
+    assert [[line.seq for line in v.feed] for v in (second, third)] == [list(range(1, 7)), list(range(1, 13))]
+    assert third.feed[:6] == second.feed
+    assert all(line.label == factories.ENCODER_TASK.labels[mood(line.text)] for line in third.feed)
+    assert [line.version for line in third.feed] == [0] * 6 + [1] * 6
+    assert Path(second.llm).is_file()
+    assert Path(third.llm).is_file()
+    assert second.llm != third.llm
+    assert [type(job).__name__ for job in llm.jobs] == ["Write", "Write", "Tune", "Write", "Label", "Write", "Tune"]
+    assert [job.adapter for job in llm.jobs if isinstance(job, jobs.Tune)] == ["", second.llm]
+
+
+def test_a_judgment_is_as_large_as_on_the_wire(lab: fleet.Lab, tmp_path: Path) -> None:
+    """The largest message that a device sent for a sheet, with its metrics and classes."""
+    devices, _ = devices_of(lab)
+    _, second, _ = run_versions(devices, mutual_settings(), tmp_path)
+    answer, sizes = np.zeros((8, 2), np.uint8), []
+    for k, private in enumerate(devices.fleet):
+        _, metrics = verbs.evaluate(devices.train(lab.spec.start(5), mutual_settings())[k], lab.spec, private, lab.engine)
+        message = Judgment(str(k), 0, len(private.labelled), metrics, (0, 1))
+        sizes.append(len(wire.pack_judgment(message, answer)))
+
+    assert second.upload_bytes == max(sizes)
+
+
+def test_a_liar_changes_what_is_accepted(lab: fleet.Lab, tmp_path: Path) -> None:
+    """Devices that turn every answer round have the LLM's bad texts accepted, and are told apart by their number."""
+    asked: list[int] = []
+
+    def inverted(k: int, answer: Bytes) -> Bytes:
+        asked.append(k)
+        return np.asarray(255 - honest(k, answer), np.uint8)
+
+    devices, _ = devices_of(lab)
+    found = run_versions(devices, mutual_settings(versions=1), tmp_path, lie=inverted)
+
+    assert asked == [0, 1]
+    assert found[1].acceptance == 0.25
+    assert all(line.label != factories.ENCODER_TASK.labels[mood(line.text)] for line in found[1].feed)
+    assert len(found[1].feed) == 2
+
+
+def test_the_base_writes_as_many_sheets_as_a_run_has(tmp_path: Path) -> None:
+    """Nobody judges and nobody tells it anything: every job is the base's, each sheet has its own draws and ids."""
+    llm, settings = Simulator(), mutual_settings(versions=3)
+    compute: Any = llm
+    found = asyncio.run(mutual.sheets(settings, factories.ENCODER_TASK, compute, tmp_path, None))
+
+    assert len(found) == len({text.id for text in found}) == len({text.text for text in found}) == 24
+    assert [text.label for text in found] == [0, 0, 0, 0, 1, 1, 1, 1] * 3
+    assert [job.adapter for job in llm.jobs if isinstance(job, Write)] == [""] * 3
+    assert len({job.sampling.seed for job in llm.jobs if isinstance(job, Write)}) == len(llm.jobs) == 3
+
+
+def test_what_the_base_writes_is_written_once(tmp_path: Path) -> None:
+    """Kept on disk by model and job, so that it comes again without a model; what an adapter writes is never kept."""
+    model = tiny.write(tmp_path / "model", "llama")
+    settings = LlmSettings(model=str(model), layers=2, rank=2, pattern="{text} it was", words=("bad", "good"), threads=1)
+    hello, llm = Hello(str(model), factories.ENCODER_TASK, settings), Llm(model, factories.ENCODER_TASK, settings)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    job = Write("", ("the film was", "a"), (2, 1), Sampling(4, 1.0, 0.9, 3))
+    first = asyncio.run(mutual.Here(llm, hello, cache).run(job))
+    nothing: Any = None
+
+    assert isinstance(first, Texts)
+    assert [len(texts) for texts in first.texts] == [2, 1]
+    assert asyncio.run(mutual.Here(nothing, hello, cache).run(job)) == first
+    assert len(list(cache.iterdir())) == 1
+    with pytest.raises(AttributeError):  # another model, or another job: there is nothing to read
+        asyncio.run(mutual.Here(nothing, Hello("another", factories.ENCODER_TASK, settings), cache).run(job))
+    with pytest.raises(AttributeError):
+        asyncio.run(mutual.Here(nothing, hello, cache).run(msgspec.structs.replace(job, counts=(1, 1))))
+    out = str(tmp_path / "llm.safetensors")
+    lessons = jobs.Lessons(good=(jobs.Good("a", "great day", 1.0),))
+    asyncio.run(mutual.Here(llm, hello, cache).run(jobs.Tune("", out, lessons, jobs.Tuning(steps=1), 0)))
+    asyncio.run(mutual.Here(llm, hello, cache).run(msgspec.structs.replace(job, adapter=out)))
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_device_ends_with_the_better_of_its_versions(lab: fleet.Lab, tmp_path: Path) -> None:
+    """On its own held-out text, from the first to the last version; where two do alike, the later one."""
+    words = factories.GOOD + factories.BAD
+    rng, start = np.random.default_rng(5), lab.spec.start(0)
+    other = {**start, **{s.b: rng.normal(size=start[s.b].shape).astype(np.float32) for s in lab.spec.slots}}
+    texts = [f"the {noun} was {word}" for noun in ("film", "phone", "day") for word in words]
+
+    def said(adapter: Arrays) -> list[int]:
+        lab.engine.set_adapter(Adapter(adapter, lab.spec))
+        labels: list[int] = lab.engine.logits(texts).argmax(1).tolist()
+        return labels
+
+    def device(labels: Sequence[int]) -> Private:
+        return Private((), (), (), tuple(Example(text, label) for text, label in zip(texts, labels, strict=True)))
+
+    assert said(start) != said(other)
+    again = {name: array.copy() for name, array in start.items()}
+    mine = (start, other, again)  # of both devices; one is best served by the first and the last, the other by the middle one
+    found = [mutual.Version((own, own), (), "", 0.0, 0) for own in mine]
+    nothing: Any = None
+    devices = mutual.Devices([device(said(start)), device(said(other))], lab.spec, lab.engine, lab.lora)
+    place = crosslm.Place(lab, factories.ENCODER_TASK, mutual_settings(), devices, devices.fleet, nothing, tmp_path)
+    kept = place.chosen(found)
+
+    assert kept[0] is again
+    assert kept[1] is other
+    assert place.accuracies(kept) == [1.0, 1.0]
+
+
+# The table of mutual learning -----------------------------------------------------------------------------------------
+GAINS = {
+    "zero_shot": 0.0,
+    "standalone": 0.0625,
+    "datafree_kd": 0.125,
+    "no_feedback": 0.1875,
+    "no_contrast": 0.25,
+    "crosslm": 0.25,
+}
+
+
+def about_llm(name: str, task: float, **more: float) -> dict[str, Any]:
+    numbers = {"task": task, "task_balanced": task + 0.125, "foreign_perplexity": 16.0, "other_task_balanced": 0.625}
+    return {"llm": name, **numbers, **more}
+
+
+def bench_rows(labels: int = 16, seeds: tuple[int, ...] = (0, 1), **changes: float) -> list[dict[str, Any]]:
+    """Every second seed is 1/4 better in everything, so that differences within a seed have no spread; two versions each."""
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        shift = 0.25 * (seed % 2)
+        own = [{"method": m, "accuracy": 0.5 + gain + shift} for m, gain in {**GAINS, **changes}.items()]
+        own[4]["acceptance"] = [0.125, 0.125]
+        own[5]["upload_bytes"] = 500 + seed
+        own += [
+            about_llm("before", 0.25 + shift),
+            about_llm("version 1", 0.375 + shift, acceptance=0.5, feed=8),
+            about_llm("version 2", 0.5 + shift, acceptance=0.75, feed=16, foreign_perplexity=16.5),
+            about_llm("upper_bound", 0.625 + shift),
+        ]
+        rows += [{"labels": labels, "seed": seed, **row} for row in own]
+    return rows
+
+
+def test_a_summary_has_means_over_seeds() -> None:
+    """Methods by labels, the LLM before, after its last version and at best, and the largest judgment."""
+    rows = [*bench_rows(), *bench_rows(32, (2,), crosslm=0.375)]
+    found = crosslm.summary(rows)
+    std = 0.25 / 2**0.5
+
+    assert found["slm"].keys() == GAINS.keys()  # methods nobody measured are left out
+    assert found["slm"]["crosslm"] == pytest.approx({"mean": 0.875, "std": std})
+    assert found["slm"]["zero_shot"] == pytest.approx({"mean": 0.625, "std": std})
+    assert found["slm_32_labels"]["crosslm"] == {"mean": 0.875, "std": 0.0}
+    assert {name: value["mean"] for name, value in found["llm"].items()} == {
+        "task_before": 0.375,
+        "task_before_balanced": 0.5,
+        "task_after": 0.625,
+        "task_after_balanced": 0.75,
+        "task_upper_bound": 0.75,
+        "foreign_perplexity_ratio": 1.03125,
+        "other_task_before": 0.625,
+        "other_task_after": 0.625,
+        "acceptance_first": 0.5,
+        "acceptance_last": 0.75,
+    }
+    assert found["llm"]["task_after"]["std"] == pytest.approx(std)
+    assert found["llm"]["foreign_perplexity_ratio"]["std"] == 0.0
+    assert found["bytes_per_device_version"] == 502
+    assert crosslm.summary(bench_rows())["slm_32_labels"] == {}
+
+
+def test_a_perplexity_ratio_is_one_of_a_seed() -> None:
+    """Twice the perplexity in one seed and half of it in the other is a mean ratio of 1.25, not of the means."""
+    rows = bench_rows()
+    for row in rows:
+        if row.get("llm") in ("before", "version 2"):
+            row["foreign_perplexity"] = {(0, "before"): 8.0, (0, "version 2"): 16.0, (1, "before"): 40.0, (1, "version 2"): 20.0}[
+                row["seed"], row["llm"]
+            ]
+
+    assert crosslm.summary(rows)["llm"]["foreign_perplexity_ratio"]["mean"] == 1.25
+
+
+def test_the_markdown_of_a_table() -> None:
+    """A line for each number of labels, in the order measured, a column for each method, empty where it was not."""
+    table = crosslm.markdown([*bench_rows(), *bench_rows(32, (2,), crosslm=0.375)]).splitlines()
+
+    assert table == [
+        "| labels | zero shot | standalone | datafree kd | no feedback | no contrast | crosslm | unchosen | lpfl "
+        "| crosslm plus lpfl |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 16 | 0.625 | 0.688 | 0.750 | 0.812 | 0.875 | 0.875 |  |  |  |",
+        "| 32 | 0.500 | 0.562 | 0.625 | 0.688 | 0.750 | 0.875 |  |  |  |",
+    ]
+
+
+def test_targets_of_mutual_learning_are_kept_or_missed_by_name() -> None:
+    """Differences are within a seed, and a difference of nothing keeps a target of nothing."""
+    lines = crosslm._targets(bench_rows())
+
+    assert [line.split(" = ")[0] for line in lines] == [
+        *(f"16 labels: crosslm - {base}" for base in ("standalone", "datafree_kd", "no_feedback", "no_contrast")),
+        "LLM's task accuracy, after - before (target >= +0.10)",
+        "the same with balanced thresholds",
+        "after / upper bound (target >= 0.90)",
+        "acceptance, last - first (target > 0)",
+        "perplexity on foreign text",
+    ]
+    assert lines[0] == "16 labels: crosslm - standalone = +0.1875 ±0.0000, target >= +0.058: kept"
+    assert lines[3] == "16 labels: crosslm - no_contrast = +0.0000 ±0.0000, target >= +0.000: kept"
+    assert [line.rsplit(": ", 1)[1] for line in lines] == [*["kept"] * 6, "MISSED", "kept", "MISSED"]
+    assert lines[6] == "after / upper bound (target >= 0.90) = +0.8333: MISSED"
+    assert lines[8] == "perplexity on foreign text = x1.0312 (target <= 1.01): MISSED"
+
+
+def test_targets_that_are_missed() -> None:
+    """A margin that is too small, and a difference below nothing; what was not measured with 32 labels is not judged there."""
+    few = [row for row in bench_rows(32, (2,), standalone=0.2) if row.get("method") not in ("no_feedback", "no_contrast")]
+    rows = bench_rows(datafree_kd=0.24, no_feedback=0.3, no_contrast=0.25)
+    for row in rows:
+        if (row["seed"], row.get("method")) == (1, "no_contrast"):
+            row["accuracy"] -= 0.125
+    lines = crosslm._targets([*rows, *few])
+
+    assert [line.split(", target")[0] for line in lines[:6]] == [
+        "16 labels: crosslm - standalone = +0.1875 ±0.0000",
+        "16 labels: crosslm - datafree_kd = +0.0100 ±0.0000",
+        "16 labels: crosslm - no_feedback = -0.0500 ±0.0000",
+        "16 labels: crosslm - no_contrast = +0.0625 ±0.0884",
+        "32 labels: crosslm - standalone = +0.0500 ±0.0000",
+        "32 labels: crosslm - datafree_kd = +0.1250 ±0.0000",
+    ]
+    assert [line.endswith("kept") for line in lines[:6]] == [True, False, False, True, False, True]

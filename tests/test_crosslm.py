@@ -39,7 +39,6 @@ from edge_server.knowledge.judging import Verdict
 from edge_server.llm.jobs import Good, Labelled, Lessons, Pair, Tuning
 from edge_server.systems import crosslm
 from edge_server.systems.crosslm import (
-    Average,
     CrossLm,
     DecideSheet,
     Draft,
@@ -283,8 +282,6 @@ def step(state: State, todo: Step, now: float) -> State:
             return coordinator.apply(state, Decided(number, "j", 2, 0.5))
         case TuneLlm(number):
             return coordinator.apply(state, Tuned(number, f"llm{number}", 0.5))
-        case Average(updates):
-            return coordinator.apply(state, Published(state.version + 1, "a", len(updates)))
 
 
 @strategies.fuzzing
@@ -311,6 +308,8 @@ def test_every_run_ends(can_train: list[bool], versions: int, judges: int, avera
     for now, at in enumerate([*order, *range(400)]):
         while todo := crosslm.due(run, state, float(now)):
             state = step(state, todo, float(now))
+        while batch := crosslm.averaged(run, state):
+            state = coordinator.apply(state, Published(state.version + 1, "a", len(batch)))
         device = devices[at % len(devices)]
         work = crosslm.plan(run, state, state.devices[device], can_train[at % len(devices)])
         if isinstance(work, Finished):
@@ -342,6 +341,7 @@ def test_every_run_ends(can_train: list[bool], versions: int, judges: int, avera
         ("quality", [0.01, 1.0], [0.0, 1.01, float("nan")]),
         ("weight", [0.0, 9.0], [-0.1, float("inf"), float("nan")]),
         ("batch_size", [1, 4096], [0, 4097]),
+        ("label_temperature", [0.01, 1.0, 9.0], [0.0, -0.5, float("inf"), float("nan")]),
         ("wait_seconds", [0.01, 1e6], [0.0, float("inf"), float("nan")]),
         ("deadline_seconds", [0.01, 1e6], [0.0, float("inf"), float("nan")]),
     ],
@@ -372,11 +372,10 @@ def test_after_the_last_sheet_devices_average() -> None:
     assert crosslm.plan(THEN, state, Device("x", trained=2), can_train=True) == Wait(30.0)
     assert not crosslm.finished(THEN, state)
     waiting = Buffered("u", 4, 0, 2)
-    due = crosslm.due(THEN, replace(state, buffer=(waiting,)), 0.0)
-    assert isinstance(due, Average)
-    assert (due.updates, due.how.versions) == ((waiting,), 4)
-    assert crosslm.due(THEN, state, 0.0) is None
-    assert crosslm.due(THEN, replace(at(DONE, DONE, tuned=1), buffer=(waiting,)), 0.0) == TuneLlm(1)  # the LLM first
+    late, early = replace(at(DONE, DONE, tuned=1), buffer=(waiting,)), replace(at(DONE, tuned=1), buffer=(waiting,))
+    assert crosslm.averaged(THEN, late) == (waiting,)
+    assert crosslm.due(THEN, late, 0.0) == TuneLlm(1)  # at the same time
+    assert crosslm.averaged(THEN, state) == crosslm.averaged(THEN, early) == crosslm.averaged(RUN, late) == ()
     over = replace(state, version=4, adapters=("a",) * 5)
     assert crosslm.plan(THEN, over, Device("x", trained=3), can_train=True) == Evaluate(4, "a")
     assert crosslm.plan(THEN, over, Device("x", trained=3, evaluated=4), can_train=True) == Finished(4, "a")

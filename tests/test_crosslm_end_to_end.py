@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 
 from edge_sdk import wire
 from edge_sdk.protocol import Line, Sample, Withdrawal
+from edge_sdk.softlabels import SoftLabels
 from edge_sdk.store import Store
 from edge_sdk.training.batches import Training
 from edge_server.knowledge.filters import Filter
 from edge_server.llm.jobs import LlmSettings, Tuning
 from edge_server.systems.crosslm import CrossLm
+from edge_server.systems.lpfl import LpFl
 from tests import factories, tiny
 from tests.test_end_to_end import House, private, status, toml, until
 
@@ -51,11 +54,15 @@ def settings(model: Path) -> CrossLm:
 @pytest.fixture
 def house(tmp_path: Path, encoder_bundle: Path) -> Iterator[House]:
     made = House(tmp_path, encoder_bundle)
-    run = settings(tiny.write(tmp_path / "llm", "llama"))
-    value = {"system": "crosslm", "task": TASK, "adapter": {"rank": 2, "alpha": 8.0}, "crosslm": run}
-    made.config.write_text(toml(msgspec.to_builtins(value)))
+    configure(made, settings(tiny.write(tmp_path / "llm", "llama")))
     yield made
     made.close()
+
+
+def configure(house: House, run: CrossLm) -> None:
+    """What the next server runs."""
+    value = {"system": "crosslm", "task": TASK, "adapter": {"rank": 2, "alpha": 8.0}, "crosslm": run}
+    house.config.write_text(toml(msgspec.to_builtins(value)))
 
 
 def feed(address: str, since: int = 0, limit: int = 1000) -> list[Line]:
@@ -95,6 +102,40 @@ def test_devices_and_the_llm_teach_each_other(house: House) -> None:
         assert len(store.synthetic(10**6)) == len(lines)
         assert (store.home / "adapter.safetensors").exists()
         store.close()
+
+
+def test_devices_average_after_the_last_sheet(house: House) -> None:
+    """One sheet, then two versions that are averages of what devices learn with its texts; all end with the same adapter file."""
+    run = settings(house.folder / "llm")
+    training = Training(steps=4, batch_size=4, learning_rate=0.03)
+    then = LpFl(versions=2, buffer_size=3, wait_seconds=0.05, training=training, soft=SoftLabels(growth=6, batch_size=4))
+    configure(house, msgspec.structs.replace(run, versions=1, samples=12, federated=then))
+    _, address = house.serve()
+    for number, name in enumerate(DEVICES):
+        house.fill(name, private(number))
+        house.agent(name, address)
+    until(lambda: status(address).finished, 300)
+    stands = status(address)
+    until(lambda: all(process.poll() is not None for process in house.running[1:]))
+
+    assert (stands.version, len(stands.sheets), stands.buffered) == (3, 1, 0)
+    assert [device.updates for device in stands.devices] == [2, 2, 2]
+    updates = [m for m in stands.measurements if m.kind == "update"]
+    assert sorted((m.device, m.version) for m in updates) == sorted((d.id, v) for d in stands.devices for v in (1, 2))
+    lines = feed(address)
+    assert {m.metrics["synthetic_examples"] for m in updates} == {float(len(lines))}
+    soft = {v: [m.metrics["soft_examples"] for m in updates if m.version == v] for v in (1, 2)}
+    assert all(abs(count - 6 * version) <= 1 for version in (1, 2) for count in soft[version])  # their schedule starts here
+    assert sorted((m.kind, m.version) for m in stands.measurements if m.kind in ("kept", "evaluation")) == sorted(
+        [("kept", 0)] * 3 + [("evaluation", version) for version in (1, 2, 3)] * 3
+    )
+    adapters = [(house.folder / name / "adapter.safetensors").read_bytes() for name in DEVICES]
+    versions = house.folder / "server" / "versions"
+    last = (versions / "0003" / "adapter_model.safetensors").read_bytes()
+    assert adapters == [last] * 3
+    assert hashlib.sha256(last).hexdigest() == stands.adapter
+    made = [(versions / f"{version:04d}" / "adapter_model.safetensors").read_bytes() for version in (0, 2)]
+    assert len({*made, last}) == 3
 
 
 def test_a_sample_is_withdrawn(house: House) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import random
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ import pytest
 from edge_sdk import wire
 from edge_sdk.adapters import Arrays, read_peft
 from edge_sdk.errors import SettingsError, WireError
-from edge_sdk.protocol import Evaluation, Finished, Predict, Receipt, Sample, Train, Trained, Update, Wait, Withdrawal
+from edge_sdk.protocol import Evaluate, Evaluation, Finished, Predict, Receipt, Sample, Train, Trained, Update, Wait, Withdrawal
 from edge_server import coordinator
 from edge_server import ledger as ledgers
 from edge_server import settings as run_settings
+from edge_server.aggregation import Contribution, fedbuff
 from edge_server.compute import JobFailed
 from edge_server.coordinator import Accepted, Ballot, Decided, Enrolled, Evaluated, Judged, Kept, Published, State, Tuned, Written
 from edge_server.ledger import Ledger
 from edge_server.llm.jobs import Label, Texts, Tune, Write
 from edge_server.llm.jobs import Tuned as Learned
 from edge_server.settings import AdapterSettings, RunSettings
+from edge_server.systems.lpfl import LpFl
 from tests import factories
 from tests import server_helpers as helpers
 from tests.server_helpers import (
@@ -658,8 +660,143 @@ async def test_a_withdrawn_sample_stays_withdrawn(tmp_path: Path) -> None:
     assert feed[12:] == [Withdrawal(13, first.id)]
 
 
+# Averaged versions after the last sheet -------------------------------------------------------------------------------
+def then_averaged(**federated: Any) -> RunSettings:
+    """Two sheets, and then two versions of two updates each; a table [lpfl] that nobody should read."""
+    then = LpFl(**{"versions": 2, "buffer_size": 2, "evaluate_every": 0, "server_lr": 0.5, "max_examples": 20, **federated})
+    strange = LpFl(versions=1, buffer_size=1, max_staleness=0, server_lr=3.0, seed=77)
+    return msgspec.structs.replace(with_llm(federated=then, seed=3), lpfl=strange)
+
+
+def averaged(updates: Sequence[tuple[int, int]]) -> Arrays:
+    """The adapter after versions from these pairs of seeds of deltas, with the settings of `then_averaged`."""
+    adapter = factories.SPEC.start(3)
+    for pair in updates:
+        batch = [Contribution(helpers.delta(seed), 10 * (i + 1), 0) for i, seed in enumerate(pair)]
+        adapter = fedbuff(adapter, batch, 0.5, cap=20)
+    return adapter
+
+
+async def learn_and_average(ledger: Ledger) -> None:
+    """Both devices do what they are told until the run is over; `d1` sends 10 examples and `d2` 20 for each version."""
+    over: set[str] = set()
+    while len(over) < 2:
+        for i, device in enumerate(("d1", "d2")):
+            match ledger.plan(device, can_train=True):
+                case Train(version, share=True):
+                    await take(ledger, upload(device, version, seed=10 * version + i, num_examples=10 * (i + 1)))
+                case Train(version):
+                    await train(ledger, device, version)
+                case Predict(number):
+                    await ledger.take_judgment(judgment(device, number, sheet(ledger, number)))
+                case Evaluate(version):
+                    await ledger.take_evaluation(Evaluation(device, version, 5, {"accuracy": 0.5}), "0" * 64)
+                case Wait():
+                    await asyncio.sleep(0.002)
+                case Finished():
+                    over.add(device)
+    await helpers.until(lambda: ledger.status().finished)
+
+
+async def test_after_the_last_sheet_updates_become_versions(tmp_path: Path) -> None:
+    """Uploads are averaged as `federated` says, from the start that all had; each average is an event, a folder and a line."""
+    said = list[str]()
+    async with learning(tmp_path, run=then_averaged(), say=said.append) as ledger:
+        await learn_and_average(ledger)
+        state, feed, status = ledger.state, await ledger.synthetic(0, 100), ledger.status()
+        planned = ledger.plan("d1", can_train=True)
+
+    log = helpers.events(tmp_path)
+    steps = [type(event) for event in log if isinstance(event, Published | Written | Decided | Tuned)]
+    assert steps == [Published, Written, Decided, Tuned, Written, Decided, Tuned, Published, Published]
+    sent = sorted((e.version, e.device) for e in log if isinstance(e, Accepted))
+    assert sent == [(2, "d1"), (2, "d2"), (3, "d1"), (3, "d2")]
+    assert sorted((e.version, e.device) for e in log if isinstance(e, Evaluated)) == [(4, "d1"), (4, "d2")]
+    assert state == replayed(tmp_path)
+    assert (state.version, len(feed), state.buffer) == (4, 12, ())
+    assert [equal(adapter(tmp_path, sha256), factories.SPEC.start(3)) for sha256 in state.adapters] == [True] * 3 + [False] * 2
+    assert equal(adapter(tmp_path, state.adapters[3]), averaged([(20, 21)]))
+    assert equal(adapter(tmp_path, state.adapters[4]), averaged([(20, 21), (30, 31)]))
+    for version in (3, 4):
+        assert equal(read_peft(folder(tmp_path, version), factories.SLOTS)[0], adapter(tmp_path, state.adapters[version]))
+    assert said[-2:] == [f"version {version} from 2 updates (staleness 0, 0)" for version in (3, 4)]
+    assert planned == Finished(4, state.adapter)
+    assert (status.system, status.adapter, [device.updates for device in status.devices]) == ("crosslm", state.adapter, [2, 2])
+
+
+@pytest.mark.parametrize("after", range(16, 25))
+async def test_a_restart_at_any_event_of_averaging_goes_on(tmp_path: Path, after: int) -> None:
+    """From the last decision on: whatever was on disk when the server died, the run ends at the same adapter."""
+    async with learning(tmp_path / "undisturbed", run=then_averaged()) as ledger:
+        await learn_and_average(ledger)
+        state = ledger.state
+    log = helpers.events(tmp_path / "undisturbed")
+    assert len(log) == 25  # 17 with the last lesson; of each version two updates and itself; who measures the last
+    assert [i for i, event in enumerate(log, 1) if isinstance(event, Decided)][-1] == 16
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "died")
+    with contextlib.closing(sqlite3.connect(tmp_path / "died" / "events.sqlite", isolation_level=None)) as disk:
+        disk.execute("DELETE FROM events WHERE seq > ?", [after])
+    async with learning(tmp_path / "died", run=then_averaged()) as again:
+        await learn_and_average(again)
+
+        assert (again.state.version, again.state.adapters) == (4, state.adapters)
+        assert again.state == replayed(tmp_path / "died")
+
+
+async def test_an_update_too_old_to_be_averaged_is_refused(tmp_path: Path) -> None:
+    """`federated.max_staleness` counts, not that of a table [lpfl]: one version behind is taken, two are refused."""
+    async with learning(tmp_path, run=then_averaged(max_staleness=1, versions=9)) as ledger:
+        await ledger.enroll("d3", "d3")
+        await ledger.enroll("d4", "d4")
+        while ledger.state.version < 4:
+            for device in ("d1", "d2"):
+                match ledger.plan(device, can_train=True):
+                    case Train(version, share=True):
+                        await take(ledger, upload(device, version))
+                    case Train(version):
+                        await train(ledger, device, version)
+                    case Predict(number):
+                        await ledger.take_judgment(judgment(device, number, sheet(ledger, number)))
+            await asyncio.sleep(0.002)
+        with pytest.raises(WireError) as refused:
+            await take(ledger, upload("d3", 2))
+        receipt = await take(ledger, upload("d4", 3))
+
+    assert refused.value.code == "too-stale"
+    assert receipt.version == 4
+    assert [waiting.staleness for waiting in ledger.state.buffer] == [1]
+
+
+async def test_trouble_with_an_average_is_told_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that rotted on disk stops the version after the last sheet, not the server; once mended, the version comes."""
+    monkeypatch.setattr(ledgers, "RETRY_SECONDS", 0.05)
+    async with learning(tmp_path, run=then_averaged()) as ledger:
+        while not ledger.state.buffer:
+            match ledger.plan("d1", can_train=True), ledger.plan("d2", can_train=True):
+                case Train(version, share=True), _:
+                    await take(ledger, body := upload("d1", version))
+                case Train(version), Train():
+                    await asyncio.gather(*(train(ledger, device, version) for device in ("d1", "d2")))
+                case Predict(number), Predict():
+                    for device in ("d1", "d2"):
+                        await ledger.take_judgment(judgment(device, number, sheet(ledger, number)))
+                case _:
+                    await asyncio.sleep(0.002)
+        path = tmp_path / "blobs" / hashlib.sha256(body).hexdigest()
+        path.write_bytes(body[:-1])
+        await take(ledger, upload("d2", 2))
+        await helpers.until(lambda: bool(ledger.trouble))
+        assert ledger.trouble.startswith(f"version 3 cannot be made: blob {path.name} is missing or damaged")
+        assert ledger.plan("d1", can_train=True) == Wait(30.0)
+        path.write_bytes(body)
+        await helpers.until(lambda: ledger.state.version == 3 and not ledger.trouble)
+
+
 async def test_each_system_takes_its_own_results(tmp_path: Path) -> None:
-    """What stays on a device cannot be uploaded to a run that does not average, nor a mere word to one that does."""
+    """What stays on a device cannot be uploaded to a run that does not average, nor a mere word to one that does nothing else.
+
+    A run that averages after its last sheet takes both.
+    """
     async with learning(tmp_path / "crosslm") as ledger:
         blobs = helpers.blobs(tmp_path / "crosslm")
         with pytest.raises(WireError) as upload_refused:
@@ -670,6 +807,11 @@ async def test_each_system_takes_its_own_results(tmp_path: Path) -> None:
     before = plain.state
     with pytest.raises(WireError) as word_refused:
         await plain.take_trained(Trained("d1", 0, 10, {}), "0" * 64)
+
+    async with learning(tmp_path / "both", run=then_averaged()) as both:
+        await train(both, "d1", 0)
+        await take(both, upload("d2", 0))
+        assert [both.state.devices[device].trained for device in ("d1", "d2")] == [0, 0]
 
     assert [(e.value.code, e.value.status) for e in (upload_refused, word_refused)] == [("wrong-system", 404)] * 2
     assert plain.state == before

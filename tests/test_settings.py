@@ -321,7 +321,17 @@ def test_every_table_of_a_run_with_an_llm_reaches_its_settings(tmp_path: Path) -
     """Values land where the file puts them."""
     tables: dict[str, Lines] = {
         **CROSSLM,
-        "crosslm": {**CROSSLM["crosslm"], "names": '["poor", "fine"]', "form": '"agree"', "judges": "7"},
+        "crosslm": {
+            **CROSSLM["crosslm"],
+            "names": '["poor", "fine"]',
+            "form": '"agree"',
+            "judges": "7",
+            "label_temperature": "0.25",
+        },
+        "crosslm.alone": {"steps": "3"},
+        "crosslm.federated": {"versions": "6", "average": '"products"'},
+        "crosslm.federated.soft": {"growth": "9"},
+        "crosslm.federated.training": {"steps": "4"},
         "crosslm.filter": {"min_words": "2"},
         "crosslm.llm": {"model": '"here"', "layers": "3"},
         "crosslm.training": {"steps": "5"},
@@ -333,6 +343,9 @@ def test_every_table_of_a_run_with_an_llm_reaches_its_settings(tmp_path: Path) -
         ("poor", "fine"),
         form="agree",
         judges=7,
+        label_temperature=0.25,
+        alone=Training(steps=3),
+        federated=LpFl(versions=6, average="products", soft=SoftLabels(growth=9), training=Training(steps=4)),
         filter=Filter(min_words=2),
         llm=LlmSettings("here", layers=3),
         training=Training(steps=5),
@@ -340,7 +353,14 @@ def test_every_table_of_a_run_with_an_llm_reaches_its_settings(tmp_path: Path) -
     )
 
 
-@pytest.mark.parametrize("section", ["crosslm", "crosslm.filter", "crosslm.llm", "crosslm.training", "crosslm.tuning"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        "crosslm",
+        *("crosslm.filter", "crosslm.llm", "crosslm.alone", "crosslm.training", "crosslm.tuning"),
+        *("crosslm.federated", "crosslm.federated.training", "crosslm.federated.soft"),
+    ],
+)
 def test_an_unknown_key_of_a_run_with_an_llm_is_named(tmp_path: Path, section: str) -> None:
     """As everywhere in the file."""
     with pytest.raises(SettingsError, match=r"run\.toml: .*`colour`"):
@@ -356,6 +376,12 @@ def test_an_unknown_key_of_a_run_with_an_llm_is_named(tmp_path: Path, section: s
         ("crosslm", "names", '["a", "b", "c"]', "names one name for each"),
         ("crosslm", "form", '"words"', "form"),
         ("crosslm", "judges", "0", "judges"),
+        ("crosslm", "label_temperature", "0", "label_temperature"),
+        ("crosslm", "label_temperature", "inf", "label_temperature"),
+        ("crosslm", "federated", '"yes"', r"\$\.crosslm\.federated"),
+        ("crosslm.alone", "steps", "0", "steps"),
+        ("crosslm.federated", "versions", "0", "versions"),
+        ("crosslm.federated.soft", "limit", "1.5", "limit"),
         ("crosslm.filter", "similar", "0", "similar"),
         ("crosslm.llm", "tries", "0", "tries"),
         ("crosslm.training", "steps", "0", "steps"),
@@ -375,3 +401,67 @@ def test_a_run_with_an_llm_needs_its_table_and_labels() -> None:
     with pytest.raises(SettingsError, match="needs a task with labels"):
         RunSettings(Task((), "{text}", (), answer_tokens=8), "crosslm", crosslm=CrossLm(("{label}",)))
     assert RunSettings(factories.ENCODER_TASK).crosslm is None
+
+
+# How updates become a version, in every system ------------------------------------------------------------------------
+ONCE = LpFl(versions=3, average="products")
+
+
+def with_federated(then: LpFl | None, adapter: AdapterSettings = AdapterSettings(), lpfl: LpFl = LpFl()) -> RunSettings:  # noqa: B008  # frozen
+    return RunSettings(factories.ENCODER_TASK, "crosslm", adapter, lpfl, CrossLm(("{label}",), federated=then))
+
+
+def test_what_is_averaged_is_what_the_system_says() -> None:
+    """LP-FL's own table; in a run with an LLM what comes after the last sheet, and nothing where nothing does."""
+    crosslm = CrossLm(("{label}",), federated=LpFl(versions=7))
+
+    assert RunSettings(factories.ENCODER_TASK, lpfl=ONCE).averaged == ONCE
+    assert RunSettings(factories.ENCODER_TASK, lpfl=ONCE, crosslm=crosslm).averaged == ONCE  # its table waits for its system
+    assert with_federated(LpFl(versions=7), lpfl=ONCE).averaged == LpFl(versions=7)
+    assert with_federated(None, lpfl=ONCE).averaged is None
+
+
+def test_products_do_not_go_with_a_frozen_a_after_the_last_sheet_either() -> None:
+    """Refused where devices average, whatever a table [lpfl] says that nobody reads; fine where they keep what they learn."""
+    frozen = AdapterSettings(freeze_a=True)
+    with pytest.raises(SettingsError, match="take factors"):
+        with_federated(ONCE, frozen)
+
+    assert with_federated(LpFl(), frozen, lpfl=ONCE).averaged == LpFl()
+    assert with_federated(None, frozen, lpfl=ONCE).averaged is None
+
+
+def test_a_smaller_rank_needs_what_can_average_it_after_the_last_sheet_too() -> None:
+    """Factors of different ranks are refused where devices average; products, a frozen A or nothing to average make it good."""
+    some = AdapterSettings(rank=4, min_rank=2)
+    with pytest.raises(SettingsError, match="factors of different ranks have no mean"):
+        with_federated(LpFl(), some, lpfl=ONCE)
+
+    assert with_federated(ONCE, some).adapter == some
+    assert with_federated(LpFl(), AdapterSettings(rank=4, min_rank=2, freeze_a=True)).averaged == LpFl()
+    assert with_federated(LpFl(), AdapterSettings(rank=4, min_rank=4)).averaged == LpFl()
+    assert with_federated(None, some).averaged is None
+
+
+def test_a_file_that_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
+    """The check runs when the file is read, and names the file."""
+    bad: dict[str, Lines] = {**CROSSLM, "adapter": {"rank": "4", "min_rank": "2"}, "crosslm.federated": {"versions": "2"}}
+    with pytest.raises(SettingsError, match=r"run\.toml: .*factors of different ranks"):
+        run_settings.load(toml(tmp_path, bad))
+    good = run_settings.load(toml(tmp_path, {**bad, "crosslm.federated": {"average": '"products"'}}))
+
+    assert good.averaged == LpFl(average="products")
+
+
+def test_the_demos_file_loads() -> None:
+    """Two small sheets by the LLM of the other example, and then averaged versions that everybody takes part in."""
+    demo, example = (run_settings.load(EXAMPLES / f"{name}.toml") for name in ("demo", "crosslm"))
+
+    assert demo.crosslm is not None
+    assert example.crosslm is not None
+    assert (demo.system, demo.task, demo.adapter) == ("crosslm", example.task, example.adapter)
+    assert (demo.crosslm.prompts, demo.crosslm.llm) == (example.crosslm.prompts, example.crosslm.llm)
+    assert demo.averaged is not None
+    assert demo.averaged == demo.crosslm.federated
+    assert demo.averaged.buffer_size == demo.crosslm.judges == 4
+    assert example.averaged is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import SettingsError
-from edge_sdk.tasks import Head, Task, accuracy, softmax
+from edge_sdk.tasks import Head, Task, accuracy, sharpen, softmax
 from tests import strategies
 
 RIGHT: dict[str, Any] = {"labels": ("no", "yes"), "pattern": "{text} it was", "verbalizer": (("bad",), ("good",))}
@@ -90,6 +90,35 @@ def test_softmax_gives_probabilities_in_the_order_of_scores(scores: strategies.S
 def test_softmax_does_not_overflow() -> None:
     """Scores as large as float32 holds still give probabilities."""
     assert softmax(np.array([[3e38, -3e38]], np.float32)).tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [(1.0, [0.25, 0.75]), (0.5, [0.1, 0.9]), (0.25, [1 / 82, 81 / 82]), (2.0, [1 / (1 + 3**0.5), 1 / (1 + 3**-0.5)])],
+)
+def test_sharpening_of_known_probabilities(temperature: float, expected: list[float]) -> None:
+    """The ratio 1 : 3 becomes 1 : 3^(1/T), in one row and in each row of a table; certainty stays what it is."""
+    table = sharpen(np.array([[0.25, 0.75], [0.75, 0.25], [0.0, 1.0], [0.5, 0.5]], np.float32), temperature)
+
+    np.testing.assert_allclose(sharpen(np.array([0.25, 0.75], np.float32), temperature), expected, rtol=1e-6)
+    np.testing.assert_allclose(table, [expected, expected[::-1], [0.0, 1.0], [0.5, 0.5]], rtol=1e-6)
+    assert table.dtype == np.float32
+
+
+def test_soft_labels_that_do_not_sum_to_one_are_normalized() -> None:
+    """Judges' probabilities may have lost a last bit, or more: 0.2 : 0.6 sharpens as 0.25 : 0.75 does."""
+    np.testing.assert_allclose(sharpen(np.array([0.2, 0.6], np.float32), 0.5), [0.1, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(sharpen(np.array([0.2, 0.6], np.float32), 1.0), [0.25, 0.75], rtol=1e-6)
+
+
+@given(strategies.score_tables(max_rows=8), st.floats(0.2, 5), st.floats(0.2, 5))
+def test_sharpening_is_the_softmax_at_another_temperature(scores: strategies.Scores, first: float, then: float) -> None:
+    """softmax(z / T)^(1/t), normalized, is softmax(z / (T t)): probabilities again, in the same order."""
+    scores = scores / np.float32(4)  # or float32 has no digits left for what is unlikely
+    sharpened = sharpen(softmax(scores, first), then)
+
+    np.testing.assert_allclose(sharpened, softmax(scores, first * then), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sharpened.sum(axis=1), 1, rtol=1e-6)
 
 
 def test_accuracy_is_the_share_of_hits() -> None:

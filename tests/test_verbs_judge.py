@@ -1,4 +1,6 @@
-"""What a device makes of synthetic texts: its answer to a sheet, to the byte, and what it mixes into its training."""
+"""What a device makes of synthetic texts: its answer to a sheet, to the byte, what it mixes into its training, and which adapter
+it keeps.
+"""
 
 from __future__ import annotations
 
@@ -146,6 +148,21 @@ def test_synthetic_texts_are_a_source_of_their_own(engine: Engine, spec: Adapter
     assert prepared.metrics == {"synthetic_examples": 4.0}
 
 
+def test_soft_labels_are_sharpened_by_the_temperature_of_the_mix(engine: Engine, spec: AdapterSpec) -> None:
+    """At 1/2 the judges' 1/4 and 3/4 are learned as 1/10 and 9/10, and the job is another one; nothing else of it changes."""
+    sharp = prepare(engine, spec, SAMPLES, Mix(4, 0.5, 2, 0.5))
+    plain = prepare(engine, spec, SAMPLES, Mix(4, 0.5, 2))
+    own, mixed = sharp.job.sources
+
+    assert own == plain.job.sources[0]
+    assert (mixed.batch_size, mixed.weight, [row.ids for row in mixed.rows]) == (2, 0.5, engine.encoder.prompts(TEXTS[:4]))
+    for row in mixed.rows:
+        assert isinstance(row.target, Classes)
+        assert row.target.probabilities.dtype == np.float32
+        np.testing.assert_allclose(row.target.probabilities, [0.1, 0.9], rtol=1e-6)
+    assert sharp.job.key != plain.job.key
+
+
 def test_only_what_is_the_devices_own_is_counted(engine: Engine, spec: AdapterSpec) -> None:
     """What all devices have adds nothing to a device's weight: labels and soft labels count, synthetic texts do not."""
     assert prepare(engine, spec, SAMPLES, Mix(4)).num_examples == 3
@@ -181,3 +198,58 @@ def test_synthetic_texts_alone_are_no_training(engine: Engine, spec: AdapterSpec
     """A device without a label of its own does not train on what others judged."""
     with pytest.raises(DataError, match="no labelled text"):
         verbs.prepare(1, spec.start(0), spec, Private((), (), (), ()), TRAINING, None, 3, engine, None, SAMPLES, Mix(4))
+
+
+# Which adapter it keeps -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def differ(engine: Engine, spec: AdapterSpec, trained: dict[str, Array]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Texts that the start and `trained` call alike, and texts they do not, each with the class that the start says."""
+    said = scores(engine, spec.start(0), spec).argmax(1).tolist()
+    other = scores(engine, trained, spec).argmax(1).tolist()
+    alike = [(text, a) for text, a, b in zip(TEXTS, said, other, strict=True) if a == b]
+    return alike, [(text, a) for text, a, b in zip(TEXTS, said, other, strict=True) if a != b]
+
+
+def holding(pairs: list[tuple[str, int]]) -> Private:
+    return Private(LABELLED, (), (), tuple(Example(text, label) for text, label in pairs))
+
+
+Differ = tuple[list[tuple[str, int]], list[tuple[str, int]]]
+
+
+def test_the_adapter_that_is_right_more_often_is_kept(
+    engine: Engine, spec: AdapterSpec, trained: dict[str, Array], differ: Differ
+) -> None:
+    """One text more that only one of them has right decides, whichever is the new one; the numbers are those of the kept one."""
+    start, (alike, other) = spec.start(0), differ
+    right = holding([alike[0], other[0]])  # as the start says
+
+    assert verbs.better(start, trained, spec, right, engine) == (start, {"accuracy": 1.0}, False)
+    assert verbs.better(trained, start, spec, right, engine) == (start, {"accuracy": 1.0}, True)
+    wrong = holding([alike[0], (other[0][0], 1 - other[0][1])])
+    assert verbs.better(start, trained, spec, wrong, engine) == (trained, {"accuracy": 1.0}, True)
+    assert verbs.better(trained, start, spec, wrong, engine) == (trained, {"accuracy": 1.0}, False)
+
+
+def test_of_two_that_do_alike_the_new_one_is_kept(
+    engine: Engine, spec: AdapterSpec, trained: dict[str, Array], differ: Differ
+) -> None:
+    """Both right in half of the texts, each in another half, or both wrong everywhere: the new one has seen more."""
+    start, (alike, other) = spec.start(0), differ
+    half = holding([other[0], (other[0][0], 1 - other[0][1])])
+    wrong = holding([(text, 1 - label) for text, label in alike])
+
+    assert verbs.better(start, trained, spec, half, engine) == (trained, {"accuracy": 0.5}, True)
+    assert verbs.better(trained, start, spec, half, engine) == (start, {"accuracy": 0.5}, True)
+    assert verbs.better(start, trained, spec, wrong, engine) == (trained, {"accuracy": 0.0}, True)
+
+
+def test_without_an_adapter_or_held_out_text_the_new_one_is_kept(
+    engine: Engine, spec: AdapterSpec, trained: dict[str, Array], differ: Differ
+) -> None:
+    """A first adapter has nothing to be compared with, and without held-out text there is nothing to compare by."""
+    wrong = holding([(text, label) for text, label in differ[1]])
+
+    assert verbs.better(None, trained, spec, wrong, engine) == (trained, {"accuracy": 0.0}, True)
+    assert verbs.better(spec.start(0), trained, spec, PRIVATE, engine) == (trained, {}, True)
+    assert verbs.better(None, trained, spec, PRIVATE, engine) == (trained, {}, True)

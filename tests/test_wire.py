@@ -24,7 +24,7 @@ from safetensors.numpy import load, save
 
 from edge_sdk import wire
 from edge_sdk.adapters import Array, Arrays
-from edge_sdk.errors import WireError
+from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.protocol import (
     Ask,
     Enroll,
@@ -196,7 +196,7 @@ def test_an_evaluation_comes_back(evaluation: Evaluation) -> None:
     [
         Train(2, "ab" * 32, Training(steps=3), SoftLabels(growth=8), 7),
         Train(0, "ab" * 32, Training(), None, 1),
-        Train(0, "ab" * 32, Training(), None, 1, synthetic=Mix(7, 0.5, 4), share=False),
+        Train(0, "ab" * 32, Training(), None, 1, synthetic=Mix(7, 0.5, 4, 0.25), share=False),
         Predict(3, "ab" * 32, "cd" * 32, 1234, 7, "agree"),
         Predict(3, "ab" * 32, "cd" * 32, 1234, 7, "probabilities"),
         Evaluate(4, "cd" * 32),
@@ -870,3 +870,19 @@ def test_a_mix_out_of_bounds_is_refused(mix: str) -> None:
     with pytest.raises(WireError, match=r"mix\.until and mix\.weight must not be negative"):
         wire.decode(mix.encode(), Mix)
     assert wire.decode(b'{"until":0,"weight":0}', Mix) == Mix(0, 0.0)
+
+
+@pytest.mark.parametrize("temperature", ["0", "-0.5", "0.0", "-1e-300"])
+def test_a_temperature_that_is_not_positive_is_refused(temperature: str) -> None:
+    """Work that would divide by it, or turn soft labels round, is refused by name; one that says none leaves them as they are."""
+    with pytest.raises(WireError, match=r"mix\.temperature must be positive and finite"):
+        wire.decode(f'{{"until":1,"temperature":{temperature}}}'.encode(), Mix)
+    assert wire.decode(b'{"until":1,"temperature":0.01}', Mix) == Mix(1, temperature=0.01)
+    assert wire.decode(b'{"until":1}', Mix).temperature == 1.0
+
+
+@pytest.mark.parametrize("temperature", [math.inf, -math.inf, math.nan])
+def test_a_temperature_that_is_not_finite_is_refused(temperature: float) -> None:
+    """JSON cannot say it, a server's settings can."""
+    with pytest.raises(SettingsError, match=r"mix\.temperature must be positive and finite"):
+        Mix(1, temperature=temperature)

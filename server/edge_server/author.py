@@ -26,7 +26,7 @@ from edge_server.llm.jobs import Label, Outcome, Scores, Texts, Tune, Write
 from edge_server.llm.jobs import Tuned as Learned
 from edge_server.storage import Blobs
 from edge_server.systems import crosslm
-from edge_server.systems.crosslm import CrossLm, DecideSheet, Draft, Judged, LlmStep, WriteSheet
+from edge_server.systems.crosslm import CrossLm, DecideSheet, Draft, Judged, Step, WriteSheet
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Author:
     now: Callable[[], float]
     writer: Compute | None = None
 
-    async def carry_out(self, step: LlmStep, state: State) -> Written | Decided | Tuned:
+    async def carry_out(self, step: Step, state: State) -> Written | Decided | Tuned:
         """Raises: JobFailed, DataError, OSError: it cannot be done now."""
         if isinstance(step, WriteSheet):
             return await self._write(step.number, state)

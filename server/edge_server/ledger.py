@@ -14,7 +14,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +34,6 @@ from edge_server.knowledge.filters import Embed
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
 from edge_server.systems import crosslm, lpfl
-from edge_server.systems.crosslm import Average, Step
 from edge_server.systems.lpfl import LpFl
 
 RETRY_SECONDS = 60.0
@@ -82,7 +81,7 @@ class Ledger:
         events = (msgspec.json.decode(body, type=Event) for body in self._log.read())
         self.state: State = functools.reduce(coordinator.apply, events, State())
         self._lock = asyncio.Lock()
-        self._wake = asyncio.Event()
+        self._full, self._news = asyncio.Event(), asyncio.Event()  # there may be a version to make; the LLM may have work
         self._now = now
         self._author: Author | None = None
         self._feed: list[Line] = []
@@ -90,7 +89,7 @@ class Ledger:
             compute = compute or LocalCompute(llm.llm, settings.task)
             writer = Endpoint(llm.llm) if llm.llm.endpoint else None
             self._author = Author(llm, settings.task, self.blobs, compute, embed, now, writer)
-        self.trouble = ""  # why no version is being made, for the operator
+        self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
         """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it."""
@@ -105,7 +104,8 @@ class Ledger:
                 await self._record(Published(0, blob, 0))
         else:
             await asyncio.to_thread(self._mend_version)
-        self._wake.set()
+        self._full.set()
+        self._news.set()
 
     async def rest(self) -> None:
         """Ends the LLM's process, where there is one."""
@@ -144,7 +144,7 @@ class Ledger:
                 return decision
             await asyncio.to_thread(self.blobs.keep, incoming, sha256)
             await self._record(decision)
-        self._wake.set()
+        self._full.set()
         return self.state.receipts[id]
 
     async def take_evaluation(self, evaluation: Evaluation, sha256: str) -> Receipt:
@@ -178,7 +178,7 @@ class Ledger:
                 return decision
             await asyncio.to_thread(self.blobs.put, body)
             await self._record(decision)
-        self._wake.set()
+        self._news.set()
         return self.state.receipts[id]
 
     async def synthetic(self, since: int, limit: int) -> list[Line]:
@@ -202,28 +202,48 @@ class Ledger:
         return self._author
 
     async def make_versions(self) -> None:
-        """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted.
+        """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted; and, beside that, lets
+        the LLM do what is next.
 
         What fails (a full disk, a lost blob) is said, told to `/healthz`, and tried again a minute later or with the next
         update.
         """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_doing(self._average, self._full, lambda: None))
+            if (author := self._author) is not None:
+                group.create_task(self._keep_doing(lambda: self._llm_step(author), self._news, self._patience))
+
+    async def _keep_doing(
+        self, step: Callable[[], Awaitable[bool]], wake: asyncio.Event, patience: Callable[[], float | None]
+    ) -> None:
+        """Does `step` as long as there is one, and again once woken or out of patience."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), RETRY_SECONDS if self.trouble else self._patience())
-            self._wake.clear()
+                await asyncio.wait_for(wake.wait(), RETRY_SECONDS if wake in self._troubles else patience())
+            wake.clear()
             try:
-                if self._author is None:
-                    while batch := lpfl.due(self._settings.lpfl, self.state):
-                        await self._make_version(batch, self._settings.lpfl)
-                        self.trouble = ""
-                else:
-                    while step := crosslm.due(self._author.settings, self.state, self._now()):
-                        await self._take_step(self._author, step)
-                        self.trouble = ""  # what comes next may take hours
-                self.trouble = ""
+                while await step():
+                    self._troubles.pop(wake, None)  # what comes next may take hours
+                self._troubles.pop(wake, None)
             except Exception as error:
-                self.trouble = f"version {self.state.version + 1} cannot be made: {error}"
-                log.exception("%s; trying again", self.trouble)
+                self._troubles[wake] = f"version {self.state.version + 1} cannot be made: {error}"
+                log.exception("%s; trying again", self._troubles[wake])
+
+    async def _average(self) -> bool:
+        """Makes a version if enough updates are there; whether it did."""
+        how = self._settings.averaged
+        if how is None or not (batch := self._batch(how)):
+            return False
+        await self._make_version(batch, how)
+        return True
+
+    def _batch(self, how: LpFl) -> tuple[Buffered, ...]:
+        return lpfl.due(how, self.state) if self._author is None else crosslm.averaged(self._author.settings, self.state)
+
+    @property
+    def trouble(self) -> str:
+        """Why no version is being made, for the operator; "" where all is well."""
+        return "; ".join(self._troubles.values())
 
     def _patience(self) -> float | None:
         """Seconds until a deadline may pass; None where only news can change anything."""
@@ -231,10 +251,10 @@ class Ledger:
             return None
         return max(last.at + self._author.settings.deadline_seconds - self._now(), 0.01) if last.ballots else None
 
-    async def _take_step(self, author: Author, step: Step) -> None:
-        if isinstance(step, Average):
-            await self._make_version(step.updates, step.how)
-            return
+    async def _llm_step(self, author: Author) -> bool:
+        """Does what the LLM or its sheets need next; whether there was anything."""
+        if (step := crosslm.due(author.settings, self.state, self._now())) is None:
+            return False
         event = await author.carry_out(step, self.state)
         async with self._lock:
             await self._record(event)
@@ -246,6 +266,7 @@ class Ledger:
                 self._say(f"sheet {event.sheet}: {event.samples} accepted ({event.acceptance:.0%}); version {self.state.version}")
             case Tuned():
                 self._say(f"the LLM learned from sheet {event.sheet}, loss {event.loss:.3f}")
+        return True
 
     async def _make_version(self, batch: tuple[Buffered, ...], how: LpFl) -> None:
         version = self.state.version + 1

@@ -112,16 +112,7 @@ class TuneLlm:
     number: int
 
 
-@dataclass(frozen=True)
-class Average:
-    """Make a version from what devices sent, as LP-FL does."""
-
-    updates: tuple[Buffered, ...]
-    how: LpFl
-
-
-LlmStep = WriteSheet | DecideSheet | TuneLlm
-Step = LlmStep | Average
+Step = WriteSheet | DecideSheet | TuneLlm
 
 
 def start(settings: CrossLm, spec: AdapterSpec) -> dict[str, Array]:
@@ -141,11 +132,13 @@ def due(settings: CrossLm, state: State, now: float) -> Step | None:
         return DecideSheet(number) if len(last.ballots) >= settings.judges or late else None
     if len(state.tuned) <= number:
         return TuneLlm(number)
-    if len(state.sheets) < settings.versions:
-        return WriteSheet(number + 1)
-    if (then := _afterwards(settings)) and (batch := lpfl.due(then, state)):
-        return Average(batch, then)
-    return None
+    return WriteSheet(number + 1) if len(state.sheets) < settings.versions else None
+
+
+def averaged(settings: CrossLm, state: State) -> tuple[Buffered, ...]:
+    """The updates that the next version is made from; the LLM may still be learning from the last sheet meanwhile."""
+    then = _afterwards(settings)
+    return lpfl.due(then, state) if then is not None and state.version >= settings.versions else ()
 
 
 def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Work:

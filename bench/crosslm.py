@@ -5,11 +5,12 @@ one seed, and what methods have in common is done once. Settings come from valid
 
     zero_shot         the base model and its verbalizer
     standalone        each device trains on its own labels
-    datafree_kd       labels, and as many texts as `crosslm` ever sees, with the label the LLM was asked for; nobody judges
+    datafree_kd       labels, and as many texts as `crosslm` ever sees, with the label the LLM was asked for; nobody judges, but
+                      devices keep the better adapter, as in all that follow
     no_feedback       texts are judged, and the LLM learns nothing from it
     no_contrast       the LLM learns to write what is good, but not what is bad
     crosslm           everything
-    unchosen          the same, but each device keeps its last adapter instead of the one better on its own held-out labels
+    unchosen          the same devices' last adapters, better or not
     lpfl              LP-FL: averaged adapters and soft labels of the devices' own texts, no LLM
     crosslm_plus_lpfl LP-FL with crosslm's judged texts beside the labels
 """
@@ -35,7 +36,6 @@ from rich.table import Table
 
 from bench import fleet, mutual
 from bench.report import Result, spread
-from edge_sdk import verbs
 from edge_sdk.adapters import Arrays
 from edge_sdk.assets import MODELS, cache_folder, resolve
 from edge_sdk.protocol import Mix, Sample
@@ -59,7 +59,6 @@ FEW = ("zero_shot", "standalone", "datafree_kd", "crosslm", "unchosen")  # measu
 CHOICE = 16  # labels a device holds out, to keep the better adapter by
 UNLABELLED, HELD_OUT, LLM_TEXTS = 240, 240, 30  # of a device; LLM_TEXTS of its test texts are put to the LLM
 FOREIGN = 24  # excerpts of Python's manual: nothing a device or a judge ever saw
-DATA_FREE: dict[str, Any] = {}  # settings in which it differs from the run, as validation text wants them
 TOPIC = Task(("movie", "product"), "{text}\nThis is about a", ((" movie",), (" product",)), 1.0, 48)  # a task nobody trains
 
 
@@ -98,16 +97,6 @@ class Place:
             return [v async for v in mutual.versions(self.devices, start, settings, self.task, self.llm, self.folder, embed)]
 
         return asyncio.run(collect())
-
-    def chosen(self, versions: Sequence[mutual.Version]) -> list[Arrays]:
-        """What devices keep in the end: a new adapter only where it is not worse on their own held-out labels."""
-        kept = []
-        for k, private in enumerate(self.devices.fleet):
-            own: Arrays = versions[0].own[k]
-            for version in versions[1:]:
-                own = verbs.better(own, version.own[k], self.lab.spec, private, self.lab.engine)[0]
-            kept.append(own)
-        return kept
 
     def federated(self, feed: Sequence[Sample]) -> list[Arrays]:
         """LP-FL with the settings of examples/minilm.toml, and the feed beside each device's labels."""
@@ -163,15 +152,15 @@ def _rows(place: Place, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
             case "standalone":
                 own = place.devices.train(start, place.settings)
             case "datafree_kd":
-                settings = msgspec.structs.replace(place.settings, **DATA_FREE)
-                own = place.devices.train(start, settings, asyncio.run(_as_written(place)))
+                taught = place.devices.train(start, place.settings, asyncio.run(_as_written(place)))
+                own = place.devices.better(place.devices.train(start, place.settings), taught)
             case "no_feedback":
-                own = place.chosen(place.versions(deaf))
+                own = place.versions(deaf)[-1].kept
             case "no_contrast":
-                own = place.chosen(found := place.versions(msgspec.structs.replace(tuning, contrast="none")))
+                own = (found := place.versions(msgspec.structs.replace(tuning, contrast="none")))[-1].kept
                 more = {"acceptance": [v.acceptance for v in found[1:]]}
             case "crosslm":
-                own = place.chosen(versions := place.versions(tuning))
+                own = (versions := place.versions(tuning))[-1].kept
                 more = {"upload_bytes": max(v.upload_bytes for v in versions), "by_version": _means(place, versions)}
             case "unchosen":
                 own = versions[-1].own

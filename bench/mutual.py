@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_sdk import files, verbs, wire
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, add
+from edge_sdk.adapters import AdapterSpec, Arrays, add
 from edge_sdk.judgments import Bytes
 from edge_sdk.protocol import Judgment, Mix, Sample, Text
 from edge_sdk.tasks import Private, Task
@@ -51,9 +51,10 @@ class Here:
 
 @dataclass(frozen=True)
 class Version:
-    """After a sheet: the devices' own adapters, the feed they learned from, the LLM's adapter, the share of good texts."""
+    """After a sheet: what devices learned and what they keep, the feed, the LLM's adapter, the share of good texts."""
 
-    own: tuple[dict[str, Array], ...]
+    own: tuple[Arrays, ...]
+    kept: tuple[Arrays, ...]
     feed: tuple[Sample, ...]
     llm: str
     acceptance: float
@@ -68,9 +69,14 @@ class Devices:
     spec: AdapterSpec
     engine: Scorer
     trainer: verbs.Fits
-    known: dict[bytes, tuple[dict[str, Array], ...]] = field(default_factory=dict)
+    known: dict[bytes, tuple[Arrays, ...]] = field(default_factory=dict)
 
-    def train(self, start: Arrays, settings: CrossLm, feed: Sequence[Sample] = ()) -> tuple[dict[str, Array], ...]:
+    def better(self, old: Sequence[Arrays], new: Sequence[Arrays]) -> tuple[Arrays, ...]:
+        """What each device keeps of two adapters."""
+        rows = zip(old, new, self.fleet, strict=True)
+        return tuple(verbs.better(a, b, self.spec, private, self.engine)[0] for a, b, private in rows)
+
+    def train(self, start: Arrays, settings: CrossLm, feed: Sequence[Sample] = ()) -> tuple[Arrays, ...]:
         """Each device's own adapter, from private labels and the feed."""
         mix = Mix(len(feed), settings.weight, settings.batch_size, settings.label_temperature) if feed else None
         key = msgspec.json.encode((settings.training, settings.alone, settings.seed, mix, feed))
@@ -100,14 +106,14 @@ async def versions(
     state = coordinator.apply(State(), Published(0, "start", 0))
     for k in range(len(devices.fleet)):
         state = coordinator.apply(state, Enrolled(str(k), "x"))
-    own = devices.train(start, settings)
-    yield Version(own, (), "", 0.0, 0)
+    own = kept = devices.train(start, settings)
+    yield Version(own, kept, (), "", 0.0, 0)
     for number in range(settings.versions):
         state = coordinator.apply(state, await author.carry_out(WriteSheet(number), state))
         sheet = wire.unpack_lines(blobs.get(state.sheets[-1].texts), Text)
         size = 0
         for k, private in enumerate(devices.fleet):
-            count, metrics, covers, answer = verbs.judge(sheet, own[k], devices.spec, private, devices.engine, settings.form)
+            count, metrics, covers, answer = verbs.judge(sheet, kept[k], devices.spec, private, devices.engine, settings.form)
             body = wire.pack_judgment(Judgment(str(k), number, count, metrics, covers), answer if lie is None else lie(k, answer))
             message, size = author.read(body, state), max(size, len(body))
             decision = coordinator.judge(state, message, f"{k} {number}", blobs.put(body), len(body))
@@ -117,7 +123,8 @@ async def versions(
             state = coordinator.apply(state, await author.carry_out(step, state))
         feed = tuple(line for line in author.lines(state, []) if isinstance(line, Sample))
         own = devices.train(start, settings, feed)
-        yield Version(own, feed, str(blobs.path(state.tuned[-1]) or ""), state.sheets[-1].acceptance, size)
+        kept = devices.better(kept, own)
+        yield Version(own, kept, feed, str(blobs.path(state.tuned[-1]) or ""), state.sheets[-1].acceptance, size)
 
 
 async def sheets(settings: CrossLm, task: Task, compute: Here, folder: Path, embed: Embed | None) -> list[Text]:

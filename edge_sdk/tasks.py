@@ -97,10 +97,15 @@ class Private:
     held_out: tuple[Example, ...]
 
 
+_LEAST = np.float32(1e-30)  # probability of what is said to be impossible
+
+
 def sharpen(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
-    """p^(1/T), normalized: below 1 the likely becomes likelier (Berthelot et al. 2019, MixMatch, equation 7)."""
-    powered = probabilities.astype(np.float64) ** (1 / temperature)
-    return np.asarray(powered / powered.sum(axis=-1, keepdims=True), np.float32)
+    """p^(1/T), normalized: below 1 the likely becomes likelier (Berthelot et al. 2019, MixMatch, equation 7).
+
+    A row of zeros, which says nothing, becomes uniform.
+    """
+    return softmax(np.log(np.maximum(probabilities, _LEAST)), temperature)
 
 
 def softmax(scores: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:

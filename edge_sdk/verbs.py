@@ -151,9 +151,14 @@ def better(old: Arrays | None, new: Arrays, spec: AdapterSpec, private: Private,
     _, found = evaluate(new, spec, private, engine)
     if old is not None and found:
         _, known = evaluate(old, spec, private, engine)
-        if known["accuracy"] > found["accuracy"]:
+        if _worth(known) > _worth(found):
             return old, known, False
     return new, found, True
+
+
+def _worth(metrics: Metrics) -> float:
+    """The more the better: accuracy, or how likely answers are."""
+    return metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
 
 
 def evaluate(adapter: Arrays, spec: AdapterSpec, private: Private, engine: Scorer) -> tuple[int, Metrics]:

@@ -42,7 +42,7 @@ def summarize(
         "versions": status.version,
         "devices": devices,
         "mean": {score: statistics.fmean(d[score] for d in devices) for score in SCORES},
-        "upload_fraction": uploads / updates / (4 * bundles.read(bundle).parameters),
+        "upload_fraction": uploads / max(updates, 1) / (4 * bundles.read(bundle).parameters),
         "seconds": seconds,
         **({} if story is None else {"llm": story.llm, "synthetic": story.synthetic}),
     }

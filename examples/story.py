@@ -79,7 +79,8 @@ async def _skill(settings: RunSettings, blobs: Blobs, adapter: str, examples: Se
 
 def some(judged: Sequence[Judged]) -> list[Judged]:
     """A few texts, evenly spread over a sheet, so over prompts and labels."""
-    return list(judged[:: max(len(judged) // SHOWN, 1)])[:SHOWN]
+    count = min(SHOWN, len(judged))
+    return [judged[i * len(judged) // count] for i in range(count)]
 
 
 def as_json(story: Story) -> dict[str, Any]:

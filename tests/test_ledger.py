@@ -677,24 +677,30 @@ def averaged(updates: Sequence[tuple[int, int]]) -> Arrays:
     return adapter
 
 
+async def do_next(ledger: Ledger, device: str) -> bool:
+    """What a device does that asks for work; whether it is told that all is done. `d1` has 10 examples, `d2` 20."""
+    i = int(device[1:]) - 1
+    match ledger.plan(device, can_train=True):
+        case Train(version, share=True):
+            await take(ledger, upload(device, version, seed=10 * version + i, num_examples=10 * (i + 1)))
+        case Train(version):
+            await train(ledger, device, version)
+        case Predict(number):
+            await ledger.take_judgment(judgment(device, number, sheet(ledger, number)))
+        case Evaluate(version):
+            await ledger.take_evaluation(Evaluation(device, version, 5, {"accuracy": 0.5}), "0" * 64)
+        case Wait():
+            await asyncio.sleep(0.002)
+        case Finished():
+            return True
+    return False
+
+
 async def learn_and_average(ledger: Ledger) -> None:
-    """Both devices do what they are told until the run is over; `d1` sends 10 examples and `d2` 20 for each version."""
+    """Both devices do what they are told until the run is over."""
     over: set[str] = set()
     while len(over) < 2:
-        for i, device in enumerate(("d1", "d2")):
-            match ledger.plan(device, can_train=True):
-                case Train(version, share=True):
-                    await take(ledger, upload(device, version, seed=10 * version + i, num_examples=10 * (i + 1)))
-                case Train(version):
-                    await train(ledger, device, version)
-                case Predict(number):
-                    await ledger.take_judgment(judgment(device, number, sheet(ledger, number)))
-                case Evaluate(version):
-                    await ledger.take_evaluation(Evaluation(device, version, 5, {"accuracy": 0.5}), "0" * 64)
-                case Wait():
-                    await asyncio.sleep(0.002)
-                case Finished():
-                    over.add(device)
+        over = {device for device in ("d1", "d2") if await do_next(ledger, device)}
     await helpers.until(lambda: ledger.status().finished)
 
 
@@ -707,8 +713,9 @@ async def test_after_the_last_sheet_updates_become_versions(tmp_path: Path) -> N
         planned = ledger.plan("d1", can_train=True)
 
     log = helpers.events(tmp_path)
-    steps = [type(event) for event in log if isinstance(event, Published | Written | Decided | Tuned)]
-    assert steps == [Published, Written, Decided, Tuned, Written, Decided, Tuned, Published, Published]
+    steps = [type(event) for event in log if isinstance(event, Written | Decided | Tuned)]
+    assert steps == [Written, Decided, Tuned, Written, Decided, Tuned]
+    assert [event.version for event in log if isinstance(event, Published)] == [0, 3, 4]
     sent = sorted((e.version, e.device) for e in log if isinstance(e, Accepted))
     assert sent == [(2, "d1"), (2, "d2"), (3, "d1"), (3, "d2")]
     assert sorted((e.version, e.device) for e in log if isinstance(e, Evaluated)) == [(4, "d1"), (4, "d2")]
@@ -719,9 +726,27 @@ async def test_after_the_last_sheet_updates_become_versions(tmp_path: Path) -> N
     assert equal(adapter(tmp_path, state.adapters[4]), averaged([(20, 21), (30, 31)]))
     for version in (3, 4):
         assert equal(read_peft(folder(tmp_path, version), factories.SLOTS)[0], adapter(tmp_path, state.adapters[version]))
-    assert said[-2:] == [f"version {version} from 2 updates (staleness 0, 0)" for version in (3, 4)]
+    lines = [line for line in said if line.startswith("version")]
+    assert lines == [f"version {version} from 2 updates (staleness 0, 0)" for version in (3, 4)]
     assert planned == Finished(4, state.adapter)
     assert (status.system, status.adapter, [device.updates for device in status.devices]) == ("crosslm", state.adapter, [2, 2])
+
+
+async def test_averaging_does_not_wait_for_the_last_lesson(tmp_path: Path) -> None:
+    """While the LLM learns from the last sheet, devices go on to the last version; the run is over only when it has learned."""
+    llm, run = Simulator(), with_llm(versions=1, federated=LpFl(versions=1, buffer_size=2, evaluate_every=0))
+    async with learning(tmp_path, llm, run=run) as ledger:
+        await has_sheet(ledger, 0)
+        llm.troubles += [Texts((("x",),) * 5, 0.0), Hang()]  # the leash, and a lesson that never ends
+        over: set[str] = set()
+        while len(over) < 2:
+            over = {device for device in ("d1", "d2") if await do_next(ledger, device)}
+            await asyncio.sleep(0)
+        assert (ledger.state.version, ledger.state.tuned, llm.troubles) == (2, (), [])
+        assert not ledger.status().finished
+        assert ledger.trouble == ""
+    async with learning(tmp_path, run=run) as again:
+        await helpers.until(lambda: again.status().finished)
 
 
 @pytest.mark.parametrize("after", range(16, 25))
@@ -745,19 +770,12 @@ async def test_a_restart_at_any_event_of_averaging_goes_on(tmp_path: Path, after
 
 async def test_an_update_too_old_to_be_averaged_is_refused(tmp_path: Path) -> None:
     """`federated.max_staleness` counts, not that of a table [lpfl]: one version behind is taken, two are refused."""
-    async with learning(tmp_path, run=then_averaged(max_staleness=1, versions=9)) as ledger:
+    async with learning(tmp_path, run=then_averaged(max_staleness=1)) as ledger:
         await ledger.enroll("d3", "d3")
         await ledger.enroll("d4", "d4")
         while ledger.state.version < 4:
             for device in ("d1", "d2"):
-                match ledger.plan(device, can_train=True):
-                    case Train(version, share=True):
-                        await take(ledger, upload(device, version))
-                    case Train(version):
-                        await train(ledger, device, version)
-                    case Predict(number):
-                        await ledger.take_judgment(judgment(device, number, sheet(ledger, number)))
-            await asyncio.sleep(0.002)
+                await do_next(ledger, device)
         with pytest.raises(WireError) as refused:
             await take(ledger, upload("d3", 2))
         receipt = await take(ledger, upload("d4", 3))

@@ -138,6 +138,8 @@ class Ledger:
         body = await asyncio.to_thread(incoming.read_bytes)
         update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
         id = wire.update_id(update.device, update.version, sha256)
+        if self._author is not None and update.version < (first := self._author.settings.versions):
+            raise WireError("wrong-system", f"before version {first} of this run devices keep what they learn", 404)
         async with self._lock:  # two updates at once for one version: the second is refused before its blob is kept
             decision = coordinator.accept(self.state, update, id, sha256, len(body), averaged.max_staleness)
             if isinstance(decision, Receipt):

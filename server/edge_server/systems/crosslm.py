@@ -50,7 +50,8 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         leash: texts the base itself writes once, to hold the LLM to what it was.
         alone: the device's steps on its labels alone. training: with synthetic texts beside them.
         weight, batch_size, label_temperature: of synthetic texts in these; a temperature below 1 sharpens their soft labels.
-        federated: after the last sheet devices average what they learn from labels and feed (LP-FL, systems/lpfl.py).
+        federated: after the last sheet devices average what they learn from labels and feed (LP-FL, systems/lpfl.py); its
+            `evaluate_every` counts the versions of the whole run.
         wait_seconds: how long an idle device waits before it asks again.
         seed: of everything random.
     """

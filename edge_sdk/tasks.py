@@ -97,23 +97,22 @@ class Private:
     held_out: tuple[Example, ...]
 
 
-_LEAST = np.float32(1e-30)  # probability of what is said to be impossible
-
-
 def sharpen(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
     """p^(1/T), normalized: below 1 the likely becomes likelier (Berthelot et al. 2019, MixMatch, equation 7).
 
     A row of zeros, which says nothing, becomes uniform.
     """
-    return softmax(np.log(np.maximum(probabilities, _LEAST)), temperature)
+    likeliest = probabilities.max(axis=-1, keepdims=True).astype(np.float64)
+    powered = np.where(likeliest > 0, probabilities / np.where(likeliest > 0, likeliest, 1), 1) ** (1 / temperature)
+    return np.asarray(powered / powered.sum(axis=-1, keepdims=True), np.float32)
 
 
 def softmax(scores: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
-    """Row-wise softmax of (n, n_classes) scores divided by `temperature`."""
+    """Softmax of scores (..., n_classes) divided by `temperature`."""
     z = scores.astype(np.float64) / temperature
-    z -= z.max(axis=1, keepdims=True)
+    z -= z.max(axis=-1, keepdims=True)
     e = np.exp(z)
-    return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
+    return np.asarray(e / e.sum(axis=-1, keepdims=True), np.float32)
 
 
 def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:

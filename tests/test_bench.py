@@ -339,15 +339,13 @@ def test_a_device_ends_with_the_better_of_its_versions(lab: fleet.Lab, tmp_path:
     assert said(start) != said(other)
     again = {name: array.copy() for name, array in start.items()}
     mine = (start, other, again)  # of both devices; one is best served by the first and the last, the other by the middle one
-    found = [mutual.Version((own, own), (), "", 0.0, 0) for own in mine]
-    nothing: Any = None
     devices = mutual.Devices([device(said(start)), device(said(other))], lab.spec, lab.engine, lab.lora)
-    place = crosslm.Place(lab, factories.ENCODER_TASK, mutual_settings(), devices, devices.fleet, nothing, tmp_path)
-    kept = place.chosen(found)
+    kept: tuple[Arrays, ...] = (start, start)
+    for adapter in mine[1:]:
+        kept = devices.better(kept, (adapter, adapter))
 
     assert kept[0] is again
     assert kept[1] is other
-    assert place.accuracies(kept) == [1.0, 1.0]
 
 
 # The table of mutual learning -----------------------------------------------------------------------------------------

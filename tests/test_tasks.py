@@ -92,6 +92,15 @@ def test_softmax_does_not_overflow() -> None:
     assert softmax(np.array([[3e38, -3e38]], np.float32)).tolist() == [[1.0, 0.0]]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 5e-4, 1.0, 1e5])
+def test_sharpening_at_any_temperature_is_finite(temperature: float) -> None:
+    """Nothing underflows to 0 / 0, and a row that says nothing becomes uniform."""
+    rows = sharpen(np.array([[0.5, 0.5], [0.9, 0.1], [1e-45, 0.0], [0.0, 0.0]], np.float32), temperature)
+
+    np.testing.assert_allclose(rows.sum(1), 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(rows[[0, 3]], 0.5)
+
+
 @pytest.mark.parametrize(
     ("temperature", "expected"),
     [(1.0, [0.25, 0.75]), (0.5, [0.1, 0.9]), (0.25, [1 / 82, 81 / 82]), (2.0, [1 / (1 + 3**0.5), 1 / (1 + 3**-0.5)])],

@@ -273,7 +273,7 @@ class DeviceStatus(Message, frozen=True):
 
 
 class Measurement(Message, frozen=True):
-    """One result's numbers as the server keeps them; `kind` is `update` or `evaluation`."""
+    """One result's numbers as the server keeps them; `kind` is `update`, `evaluation`, `kept` or `judgment`."""
 
     kind: str
     device: str

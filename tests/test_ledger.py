@@ -813,7 +813,7 @@ async def test_trouble_with_an_average_is_told_and_mended(tmp_path: Path, monkey
 async def test_each_system_takes_its_own_results(tmp_path: Path) -> None:
     """What stays on a device cannot be uploaded to a run that does not average, nor a mere word to one that does nothing else.
 
-    A run that averages after its last sheet takes both.
+    A run that averages after its last sheet takes words before it, and uploads from then on (see the tests above).
     """
     async with learning(tmp_path / "crosslm") as ledger:
         blobs = helpers.blobs(tmp_path / "crosslm")
@@ -828,9 +828,12 @@ async def test_each_system_takes_its_own_results(tmp_path: Path) -> None:
 
     async with learning(tmp_path / "both", run=then_averaged()) as both:
         await train(both, "d1", 0)
-        await take(both, upload("d2", 0))
-        assert [both.state.devices[device].trained for device in ("d1", "d2")] == [0, 0]
+        with pytest.raises(WireError) as early_refused:
+            await take(both, upload("d2", 0))
+        assert [both.state.devices[device].trained for device in ("d1", "d2")] == [0, -1]
+        assert both.state.buffer == ()
 
-    assert [(e.value.code, e.value.status) for e in (upload_refused, word_refused)] == [("wrong-system", 404)] * 2
+    refused = (upload_refused, word_refused, early_refused)
+    assert [(e.value.code, e.value.status) for e in refused] == [("wrong-system", 404)] * 3
     assert plain.state == before
     plain.close()

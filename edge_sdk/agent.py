@@ -35,6 +35,7 @@ from edge_sdk.protocol import (
     Finished,
     Judgment,
     Manifest,
+    Metrics,
     Predict,
     Text,
     Train,
@@ -59,6 +60,7 @@ START = "start.safetensors"  # the global adapter, where the device's own is ano
 MAX_SHEET = 1 << 24  # bytes of a sheet of synthetic texts
 PAGE = 500  # lines of the feed asked for at a time
 CHECKPOINT = "training.safetensors"
+OWN = "own"  # the fact that this device has learned something for itself
 HIDDEN = "hidden.sqlite"
 SPEED = "gflops"  # the fact that holds this device's speed, measured once for each training: it may decide how many layers
 DEFAULT_LIMITS, DEFAULT_POLICY = Limits(), Policy()
@@ -236,7 +238,7 @@ class Agent:
                 case session.AskForWork():
                     await self._enroll()
                     if self._store.cursor:  # what was withdrawn goes at the next contact
-                        await self._catch_up()
+                        await self._catch_up_if_any()
                     return session.Assigned(await self._api.ask(self._store.device_id, can_train()))
                 case session.Do(work):
                     await self._do(work)
@@ -296,8 +298,11 @@ class Agent:
             self._say("finished; the device keeps the adapter it trained")
             return
         own = isinstance(work, Predict) or (isinstance(work, Train) and not work.share)
-        start = await self._adapter(work.adapter, work.version, START if own else ADAPTER)
+        apart = own or self._store.fact(OWN) is not None  # what it learned for itself is not overwritten by what all share
+        start = await self._adapter(work.adapter, work.version, START if apart else ADAPTER)
         if isinstance(work, Finished):
+            if apart:
+                await self._keep_better(start, work.version)
             self._store.drop_fact(WORK)  # of training that failed: it would bring an older adapter back
             self._say(f"kept version {work.version}")
             return
@@ -310,6 +315,8 @@ class Agent:
         if isinstance(work, Evaluate):
             count, metrics = await asyncio.to_thread(verbs.evaluate, start, manifest.adapter, private, models.engine)
             self._say(f"version {work.version}: {_numbers(metrics)} on {count} held-out texts")
+            if apart:
+                await self._keep_better(start, work.version)
             evaluation = Evaluation(self._store.device_id, work.version, count, metrics)
             self._store.post(Parcel(wire.JSON_TYPE, wire.encode(evaluation)))
             return
@@ -330,16 +337,27 @@ class Agent:
             update = Update(device, work.version, learned.num_examples, learned.metrics, layers=part.depth, rank=part.rank)
             parcel = Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta))
         else:
-            held, trained = kept_adapter(self._store, manifest), add(start, learned.delta)
-            found = await asyncio.to_thread(verbs.better, held, trained, manifest.adapter, private, models.engine)
-            chosen, measured, newer = found
-            if not newer:
-                self._say(f"version {work.version}: the adapter it had is better on held-out text, and stays")
-            await asyncio.to_thread(_keep, self._store, wire.pack_adapter(chosen), work.version)
-            metrics = {**learned.metrics, **measured, "newer": float(newer)}
+            metrics = {**learned.metrics, **await self._keep_better(add(start, learned.delta), work.version)}
+            self._store.set_fact(OWN, str(work.version))
             parcel = Parcel(wire.JSON_TYPE, wire.encode(Trained(device, work.version, learned.num_examples, metrics)))
         self._store.post(parcel)
         (self._store.home / CHECKPOINT).unlink(missing_ok=True)
+
+    async def _keep_better(self, new: Arrays, version: int) -> Metrics:
+        """Makes `new` the device's adapter unless the one it has is better on its held-out text; numbers of what it keeps."""
+        models = await self.models()
+        manifest, held = models.manifest, None
+        try:
+            held = kept_adapter(self._store, manifest)
+        except DataError as error:
+            self._say(f"the adapter it had is lost: {error}")
+        private = await asyncio.to_thread(self._store.private, manifest.task)
+        found = await asyncio.to_thread(verbs.better, held, new, manifest.adapter, private, models.engine)
+        chosen, measured, newer = found
+        if not newer:
+            self._say(f"version {version}: the adapter it had is better on held-out text, and stays")
+        await asyncio.to_thread(_keep, self._store, wire.pack_adapter(chosen), version)
+        return {**measured, "newer": float(newer)}
 
     async def _judge(self, work: Predict, start: Arrays, private: Private, models: Models) -> None:
         """Tells what the device's own adapter makes of a sheet of synthetic texts; `start` where it has trained none."""
@@ -356,6 +374,14 @@ class Agent:
         self._say(f"sheet {work.version}: judged {len(sheet)} texts, {_numbers(metrics)}")
         judgment = Judgment(self._store.device_id, work.version, count, metrics, covers)
         self._store.post(Parcel(wire.JUDGMENT_TYPE, wire.pack_judgment(judgment, answer)))
+
+    async def _catch_up_if_any(self) -> None:
+        """The same, where the server may be another by now, one without a feed: asking for work will tell."""
+        try:
+            await self._catch_up()
+        except Refused as error:
+            if error.code != "wrong-system":
+                raise
 
     async def _catch_up(self) -> None:
         """Fetches what is new in the feed of synthetic data, and drops what was withdrawn."""
@@ -443,6 +469,7 @@ class Agent:
                 self._say("the server started another run; what belongs to the old one is dropped")
                 self._store.delivered()
                 self._store.drop_fact(WORK)
+                self._store.drop_fact(OWN)
                 self._store.drop_synthetic()
                 for name in (ADAPTER, START, CHECKPOINT):
                     (self._store.home / name).unlink(missing_ok=True)

@@ -883,20 +883,47 @@ async def test_it_keeps_the_new_adapter_where_the_old_is_not_better(
     assert not world.said("stays")
 
 
-async def test_what_is_shared_is_not_compared(world: World, tmp_path: Path) -> None:
-    """An update is sent whatever the device has; it stays with the global adapter, and no number speaks of a newer one."""
+@pytest.mark.parametrize("right", [0, 1])
+async def test_what_all_share_replaces_what_it_learned_for_itself_only_where_it_is_better(
+    world: World, tmp_path: Path, right: int
+) -> None:
+    """An update is sent whatever the device has, from the shared adapter; measuring and finishing keep the better adapter."""
     rival = await rivals(world, tmp_path)
     many(world.store)
-    rival.hold(world.store, 0)
-    own, worse = rival.works
-    world.server.work += [own, msgspec.structs.replace(worse, share=True), Finished(5, worse.adapter)]
+    rival.hold(world.store, right)
+    own, shared = rival.works  # the shared adapter says what the second one does
+    world.server.work += [
+        own,
+        msgspec.structs.replace(shared, share=True),
+        Evaluate(4, shared.adapter),
+        Finished(5, shared.adapter),
+    ]
     await world.agent(limits=SMALL, look=Conditions).run()
-    _, update = world.server.results
+    _, update, evaluation = world.server.results
 
     assert isinstance(update, Update)
     assert update.metrics.keys() == {"loss"}
-    assert not world.said("stays")
-    assert hashlib.sha256((world.store.home / ADAPTER).read_bytes()).hexdigest() == worse.adapter
+    assert (evaluation.metrics["accuracy"] == 1.0) is (right == 1)
+    kept = (world.store.home / ADAPTER).read_bytes()
+    assert (kept == rival.adapters[0]) is (right == 0)
+    assert (hashlib.sha256(kept).hexdigest() == shared.adapter) is (right == 1)
+    assert len([line for line in world.lines if "stays" in line]) == (2 if right == 0 else 0)
+
+
+async def test_a_lost_adapter_is_replaced(world: World) -> None:
+    """A kept adapter that cannot be read costs a line, not the training that comes after it."""
+    many(world.store)
+    first, second = own_work(start(world), version=3), own_work(start(world), version=4)
+    world.server.work += [first, Finished(5, "")]
+    await world.agent(limits=SMALL, look=Conditions).run()
+    whole = (world.store.home / ADAPTER).read_bytes()
+    (world.store.home / ADAPTER).write_bytes(whole[:-7])
+    world.server.work += [second, Finished(5, "")]
+    await world.agent(limits=SMALL, look=Conditions).run()
+
+    assert world.said("the adapter it had is lost")
+    assert len(world.server.results) == 2
+    assert (world.store.home / ADAPTER).read_bytes() == whole  # the same work
 
 
 async def test_synthetic_texts_change_what_is_learned(world: World, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import DataError
-from edge_server.knowledge.judging import Ballot, Verdict, combine
+from edge_server.knowledge.judging import Ballot, Verdict, combine, guest
 
 TEXTS = 400
 TRUTH = np.random.default_rng(0).integers(0, 2, TEXTS)
@@ -117,3 +117,14 @@ def test_nobody_and_other_shapes_are_refused() -> None:
         combine([], [])
     with pytest.raises(DataError, match="shapes"):
         combine([Ballot(np.ones((3, 2)))], [0, 1])
+
+
+def test_a_guest_answers_only_with_the_others_and_claims_no_more() -> None:
+    """Texts for a class that no device knows stay unjudged, and the guest's claim is that of the best device."""
+    sure = np.array([[0.9, 0.1], [0.1, 0.9]])
+    devices = [Ballot(sure, 0.8, frozenset({0})), Ballot(sure, 0.7, frozenset({0}))]
+    made = guest(np.array([[0.6, 0.4], [0.2, 0.8]]), devices, [0, 1])
+
+    assert made.claimed == 0.8
+    assert made.probabilities.tolist() == [[0.6, 0.4], [0.0, 0.0]]
+    assert combine([*devices, made], [0, 1]).answers.tolist() == [3, 0]

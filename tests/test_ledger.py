@@ -526,10 +526,10 @@ async def test_a_run_with_an_llm_goes_to_its_end(tmp_path: Path) -> None:
     assert [type(job) for job in llm.jobs] == [Write, Write, Tune, Write, Label, Write, Tune]
     assert llm.closed
     assert said == [
-        "sheet 0: 8 texts written, dropped: none",
+        "sheet 0: 8 texts written in 0 s, dropped: none",
         "sheet 0: 6 accepted (75%); version 1",
         "the LLM learned from sheet 0, loss 0.500",
-        "sheet 1: 8 texts written, dropped: none",
+        "sheet 1: 8 texts written in 0 s, dropped: none",
         "sheet 1: 6 accepted (75%); version 2",
         "the LLM learned from sheet 1, loss 0.500",
     ]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
 from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
-from edge_server.llm.model import Llm, _contrast, _Frozen
+from edge_server.llm.model import Llm, _contrast, _Frozen, _inside
 from edge_server.llm.writing import choose, continuations
 from tests import factories, tiny
 
@@ -196,21 +196,21 @@ def test_a_batch_of_prompts_writes_what_each_writes_alone(llm: Llm) -> None:
         for _ in range(6):
             with torch.no_grad():
                 token = int(llm._model(torch.tensor([[*ids, *want]])).logits[0, -1].argmax())
+            want.append(token)
             if token in ends:
                 break
-            want.append(token)
         assert written == [want] * len(written)
 
 
 def test_texts_end_at_an_end_token_and_the_others_go_on(llm: Llm) -> None:
-    """With tokens declared to be ends, no text holds one, and cutting whole texts at them gives the same texts (greedy)."""
+    """With tokens declared to be ends, they are the last of their texts: whole texts cut after them are the same (greedy)."""
     asked = [llm._ids(prompt, first=True) for prompt in ("the film was", "a day", "so")]
     whole = continuations(llm._model.model, lambda s: s @ llm._vocabulary.T, asked, (1, 1, 1), Sampling(8), [])
     ends = [whole[0][0][3]]
     cut = continuations(llm._model.model, lambda s: s @ llm._vocabulary.T, asked, (1, 1, 1), Sampling(8), ends)
 
     for (text,), (short,) in zip(whole, cut, strict=True):
-        assert short == (text[: text.index(ends[0])] if ends[0] in text else text)
+        assert short == (text[: text.index(ends[0]) + 1] if ends[0] in text else text)
     assert all(len(text) == 8 for (text,) in whole)
 
 
@@ -263,3 +263,29 @@ def test_what_does_not_fit_is_refused(llm: Llm, folder: Path) -> None:
         Llm(folder, factories.DECODER_TASK, msgspec.structs.replace(SETTINGS, modules=("c_attn",)))
     with pytest.raises(DataError, match="one token"):
         Llm(folder, factories.DECODER_TASK, msgspec.structs.replace(SETTINGS, words=("very bad", "good")))
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ('A fine film." she said', "A fine film."),
+        ("A fine film.\nNext", "A fine film."),
+        ('no end"', "no end"),
+        ("One is whole. The other was cut", "One is whole."),
+        ("Is it? Yes! And then", "Is it? Yes!"),
+        ("it was cut short", "it was cut short"),
+        ("it is whole.", "it is whole."),
+    ],
+)
+def test_what_was_written_is_what_stands_in_the_quotation(written: str, text: str) -> None:
+    """Up to the closing quote or the line's end, with its full stop; a text cut short keeps its whole sentences."""
+    assert _inside(written) == text
+
+
+def test_what_was_cut_short_does_not_teach_where_to_end(llm: Llm) -> None:
+    """The closing quote follows whole sentences alone."""
+    quote = llm._ids('"')
+    whole, cut = llm._said("a day", "it was good ."), llm._said("a day", "it was")
+
+    assert whole[0][-len(quote) :] == quote
+    assert cut[0] == [*llm._ids("a day"), *llm._ids("it was")]

@@ -19,7 +19,7 @@ from edge_sdk.tasks import Task, softmax
 from edge_server import coordinator
 from edge_server.compute import Compute
 from edge_server.coordinator import Decided, Sheet, State, Tuned, Written
-from edge_server.knowledge import filters
+from edge_server.knowledge import filters, judging
 from edge_server.knowledge.filters import Embed
 from edge_server.knowledge.judging import Ballot, combine
 from edge_server.llm.jobs import Label, Outcome, Scores, Texts, Tune, Write
@@ -30,7 +30,7 @@ from edge_server.systems.crosslm import CrossLm, DecideSheet, Draft, Judged, Ste
 
 T = TypeVar("T")
 
-LEASH_PROMPTS = ("The", "I", "In", "When", "A")  # what the base continues as it likes
+LEASH_PROMPTS = ("The most important", "I have never", "In the beginning", "When a computer", "A good way to")  # as it likes
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Author:
             for (prompt, label), texts in zip(asked, outcome.texts, strict=True)
             for text in texts
         ]
-        return await asyncio.to_thread(self._sift, number, state, adapter, drafts)
+        written = await asyncio.to_thread(self._sift, number, state, adapter, drafts)
+        return msgspec.structs.replace(written, seconds=round(outcome.seconds, 1))
 
     def _sift(self, number: int, state: State, adapter: str, drafts: list[Draft]) -> Written:
         known = [draft.text for sheet in state.sheets for draft in self._drafts(sheet)]
@@ -93,10 +94,10 @@ class Author:
         drafts = await asyncio.to_thread(self._drafts, sheet)
         written = [draft.label for draft in drafts]
         ballots = await asyncio.to_thread(self._ballots, sheet, written)
-        if state.tuned and state.tuned[-1]:  # by then the LLM knows the task, from what it was taught before
+        if state.tuned and state.tuned[-1] and len(ballots) > 1:  # by then the LLM knows the task, from what it was taught before
             texts = tuple(draft.text for draft in drafts)
             scores = _expect(await self.compute.run(Label(self._file(state.tuned[-1]), texts)), Scores).scores
-            ballots.append(Ballot(softmax(np.array(scores, np.float32)).astype(np.float64)))
+            ballots.append(judging.guest(softmax(np.array(scores, np.float32)).astype(np.float64), ballots, written))
         judged = crosslm.decide(drafts, combine(ballots, written), self.settings.quality)
         blob = await asyncio.to_thread(self.blobs.put, _pack(judged))
         return Decided(number, blob, sum(x.good for x in judged), crosslm.acceptance(judged))
@@ -121,10 +122,10 @@ class Author:
 
     async def _leash(self) -> tuple[str, ...]:
         """The base's own texts: the same every time, so they need not be kept."""
-        each = -(-self.settings.leash // len(LEASH_PROMPTS))
+        each = -(-self.settings.leash // len(LEASH_PROMPTS))  # at a temperature where what it writes is language
         if not each:
             return ()
-        job = Write("", LEASH_PROMPTS, (each,) * len(LEASH_PROMPTS), Sampling(self.settings.max_tokens, 1.0, 0.95, 1))
+        job = Write("", LEASH_PROMPTS, (each,) * len(LEASH_PROMPTS), Sampling(self.settings.max_tokens, 0.7, 0.95, 1))
         written = _expect(await self.compute.run(job), Texts).texts
         return tuple(f"{start} {text}" for start, texts in zip(LEASH_PROMPTS, written, strict=True) for text in texts if text)
 
@@ -190,7 +191,7 @@ class Author:
             judgment, answer = wire.unpack_judgment(self.blobs.get(waiting.blob), lambda _: self._answer_shape(sheet))
             probabilities = judgments.decode(answer, written, classes, form)
             covers = frozenset(judgment.covers) if judgment.covers else None
-            found.append(Ballot(probabilities, judgment.metrics.get("accuracy", 1.0), covers))
+            found.append(Ballot(probabilities, judgment.metrics.get("accuracy", judging.UNKNOWN), covers))
         return found
 
 

@@ -88,6 +88,7 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="writ
     adapter: str
     dropped: dict[str, int]
     at: float
+    seconds: float = 0.0
 
 
 class Judged(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="judged"):

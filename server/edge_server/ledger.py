@@ -223,7 +223,7 @@ class Ledger:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(wake.wait(), RETRY_SECONDS if wake in self._troubles else patience())
             wake.clear()
-            try:
+            try:  # nothing ends this loop but its cancellation
                 while await step():
                     self._troubles.pop(wake, None)  # what comes next may take hours
                 self._troubles.pop(wake, None)
@@ -263,7 +263,7 @@ class Ledger:
         match event:
             case Written():
                 dropped = ", ".join(f"{count} {name}" for name, count in event.dropped.items()) or "none"
-                self._say(f"sheet {event.sheet}: {event.count} texts written, dropped: {dropped}")
+                self._say(f"sheet {event.sheet}: {event.count} texts written in {event.seconds:g} s, dropped: {dropped}")
             case Decided():
                 self._say(f"sheet {event.sheet}: {event.samples} accepted ({event.acceptance:.0%}); version {self.state.version}")
             case Tuned():

@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 
 ROUNDS = 20
 SURE = 0.98  # nobody is believed to be right more often than this
+UNKNOWN = 0.75  # what is claimed by a judge that has nothing to measure itself by
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ def combine(ballots: Sequence[Ballot], written: Sequence[int]) -> Verdict:
     soft = np.divide(total, mass[:, None], out=np.zeros_like(total), where=mass[:, None] > 0)
     soft = np.minimum(soft, 1.0)  # sums in another order may be a last bit more
     return Verdict(soft, tuple(map(float, weights)), (there & (weights > 0)[:, None]).sum(0))
+
+
+def guest(probabilities: Floats, ballots: Sequence[Ballot], written: Sequence[int]) -> Ballot:
+    """The ballot of a judge without data of its own: it claims what the best of the others does, and answers only with them."""
+    there = np.any([_answers(b, written).sum(1) > 0 for b in ballots], axis=0)
+    return Ballot(np.where(there[:, None], probabilities, 0.0), max(b.claimed for b in ballots))
 
 
 def _answers(ballot: Ballot, written: Sequence[int]) -> Floats:

@@ -29,6 +29,7 @@ from edge_server.llm.jobs import Lessons, LlmSettings, Tuning
 from edge_server.llm.writing import continuations
 
 CLOSING = '"'  # prompts open a quotation; a text ends where it is closed
+WHOLE = (".", "!", "?", "…")  # how sentences end
 LEASH_TOKENS = 64  # of the base's distribution at each position
 CACHE_TOKENS = 1024  # that go through the frozen layers at a time
 Said = tuple[Ids, int]  # a sequence, and where in it the text after the prompt starts
@@ -121,7 +122,7 @@ class Llm:
         asked = [self._ids(prompt, first=True) for prompt in prompts]
         bare, ends = self._model.model, self._ends
         written = continuations(bare, lambda states: states @ self._vocabulary.T, asked, counts, sampling, ends)
-        return [[text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in written]
+        return [[_inside(text) for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in written]
 
     # Reading ----------------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -245,9 +246,9 @@ class Llm:
         return [self._first, *ids] if first and self._first is not None else ids
 
     def _said(self, prompt: str, text: str) -> Said:
-        """A text after its prompt, up to the closing quote."""
+        """A text after its prompt, up to the closing quote, if it is whole: what was cut short does not teach where to end."""
         before = self._ids(prompt, first=True)
-        return [*before, *self._ids(text + CLOSING)], len(before)
+        return [*before, *self._ids(text + CLOSING if text.endswith(WHOLE) else text)], len(before)
 
     def _question(self, text: str) -> Ids:
         return [*self._before, *self._ids(text)[: self._max_tokens], *self._after]
@@ -267,6 +268,14 @@ class _Frozen:
             for i, states in zip(batch, _run(self._lower, [new[i] for i in batch]), strict=True):
                 self._kept[tuple(new[i])] = states.clone()
         return [self._kept[tuple(ids)] for ids in sequences]
+
+
+def _inside(text: str) -> str:
+    """What stands before the closing quote or the line's end; of a text cut short its whole sentences, if it has any."""
+    inside = text.split(CLOSING)[0].split("\n")[0].strip()
+    if CLOSING in text or "\n" in text:
+        return inside
+    return inside[: at + 1] if (at := max(inside.rfind(f"{end} ") for end in WHOLE)) > 0 else inside
 
 
 def _load(path: Path) -> Any:

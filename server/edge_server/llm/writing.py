@@ -24,7 +24,7 @@ def continuations(
     sampling: Sampling,
     ends: Sequence[int],
 ) -> list[list[Ids]]:
-    """`counts[i]` continuations of `prompts[i]`, each up to `sampling.max_tokens` tokens or to one of `ends`, without it.
+    """`counts[i]` continuations of `prompts[i]`, each up to `sampling.max_tokens` tokens or to one of `ends`, with it.
 
     Args:
         bare: a transformers decoder without its head. logits: of final hidden states (n, width): (n, V).
@@ -53,7 +53,7 @@ def _steps(
     ends: Sequence[int],
     generator: torch.Generator,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """The next token of every row that goes on: (row indices, tokens); rows that ended leave the cache."""
+    """The next token of every row that has not ended: (row indices, tokens); rows that ended leave the cache."""
     from transformers import DynamicCache
 
     distinct = sorted(set(rows))
@@ -70,12 +70,12 @@ def _steps(
     for step in range(sampling.max_tokens):
         chosen = choose(logits(last), sampling, generator)
         going = (~torch.isin(chosen, stop)).nonzero()[:, 0]
+        yield alive.tolist(), chosen.tolist()
         if not len(going):
             return
         if len(going) < len(chosen):
             cache.batch_select_indices(going)
             mask, positions, alive, chosen = mask[going], positions[going], alive[going], chosen[going]
-        yield alive.tolist(), chosen.tolist()
         if step + 1 < sampling.max_tokens:
             mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions + 1
             states = bare(

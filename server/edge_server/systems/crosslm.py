@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -147,7 +147,8 @@ def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Wo
     version, number = state.version, len(state.sheets) - 1
     mix = Mix(state.lines, settings.weight, settings.batch_size, settings.label_temperature) if state.feed else None
     if version >= settings.versions and (then := _afterwards(settings)):
-        work = lpfl.plan(then, state, device, can_train)
+        measured = max(device.evaluated, settings.versions)  # an adapter that changes nothing need not be
+        work = lpfl.plan(then, state, replace(device, evaluated=measured), can_train)
         return msgspec.structs.replace(work, synthetic=mix) if isinstance(work, Train) else work
     if can_train and device.trained < version:
         training = settings.training if mix else settings.alone

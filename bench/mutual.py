@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,14 +52,17 @@ class Here:
 
 @dataclass(frozen=True)
 class Version:
-    """After a sheet: what devices learned and what they keep, the feed, the LLM's adapter, the share of good texts."""
+    """After a sheet: what devices learned and what they keep, the feed, the LLM's adapter, the share of good texts.
+
+    `traffic`: bytes that a device gets and sends for 1,000 texts: the sheet, its judgment, and the new lines of the feed (gzip).
+    """
 
     own: tuple[Arrays, ...]
     kept: tuple[Arrays, ...]
     feed: tuple[Sample, ...]
     llm: str
     acceptance: float
-    upload_bytes: int
+    traffic: float
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,13 @@ async def versions(
     state = coordinator.apply(State(), Published(0, "start", 0))
     for k in range(len(devices.fleet)):
         state = coordinator.apply(state, Enrolled(str(k), "x"))
+    feed: tuple[Sample, ...] = ()
     own = kept = devices.train(start, settings)
-    yield Version(own, kept, (), "", 0.0, 0)
+    yield Version(own, kept, feed, "", 0.0, 0.0)
     for number in range(settings.versions):
         state = coordinator.apply(state, await author.carry_out(WriteSheet(number), state))
         sheet = wire.unpack_lines(blobs.get(state.sheets[-1].texts), Text)
-        size = 0
+        size, known = 0, len(feed)
         for k, private in enumerate(devices.fleet):
             count, metrics, covers, answer = verbs.judge(sheet, kept[k], devices.spec, private, devices.engine, settings.form)
             body = wire.pack_judgment(Judgment(str(k), number, count, metrics, covers), answer if lie is None else lie(k, answer))
@@ -124,7 +129,9 @@ async def versions(
         feed = tuple(line for line in author.lines(state, []) if isinstance(line, Sample))
         own = devices.train(start, settings, feed)
         kept = devices.better(kept, own)
-        yield Version(own, kept, feed, str(blobs.path(state.tuned[-1]) or ""), state.sheets[-1].acceptance, size)
+        size += state.sheets[-1].size + len(gzip.compress(wire.pack_lines(feed[known:])))
+        adapter, traffic = str(blobs.path(state.tuned[-1]) or ""), 1000 * size / len(sheet)
+        yield Version(own, kept, feed, adapter, state.sheets[-1].acceptance, traffic)
 
 
 async def sheets(settings: CrossLm, task: Task, compute: Here, folder: Path, embed: Embed | None) -> list[Text]:

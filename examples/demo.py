@@ -2,7 +2,8 @@
 
     python -m examples.demo [--slm minilm|smollm2] [--out runs/demo]
 
-Each device has one domain of real sentences (movie, amazon, tweets, nyt), 16 of them labelled. The LLM writes, devices judge,
+Each device has one domain of real sentences (movie, amazon, tweets, nyt): 16 with labels, 240 without, and 100 with labels that
+it never trains on but chooses by. Both sides are measured on other text. The LLM writes, devices judge,
 both learn from that (CrossLM-style), and then the devices average what they learn (LP-FL); with smollm2 only the latter.
 Leaves report.json and report.html behind; every process is stopped at the end, on an error, and on Ctrl-C.
 """
@@ -206,7 +207,7 @@ def start_agent(name: str, home: Path, address: str, out: Path, running: Running
 
 
 def baselines(homes: dict[str, Path], address: str, settings: LpFl, out: Path, running: Running) -> dict[str, float]:
-    """Accuracy of each device learning alone, with as many steps as it has in the federation and its own best settings."""
+    """Accuracy of each device learning alone, with as many steps as LP-FL takes and its own best settings."""
     training = settings.training
     options = ["--steps", settings.versions * training.steps, "--batch-size", training.batch_size]
     options += ["--learning-rate", training.learning_rate, "--dropout", training.dropout]

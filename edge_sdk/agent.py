@@ -37,6 +37,7 @@ from edge_sdk.protocol import (
     Manifest,
     Metrics,
     Predict,
+    Sample,
     Text,
     Train,
     Trained,
@@ -230,6 +231,15 @@ class Agent:
             folder = await self._fetch(manifest, manifest.bundle.needs(self._variant))
             self._models = await asyncio.to_thread(Models, folder, manifest, self._variant, self._threads)
         return self._models
+
+    async def synthetic(self) -> list[Sample]:
+        """All samples of the run's feed of synthetic data that are not withdrawn; only what is new is fetched.
+
+        The device takes part in nothing else by this: it needs no bundle and sends nothing but its name.
+        """
+        await self._enroll()
+        await self._catch_up()
+        return await asyncio.to_thread(self._store.synthetic, self._store.cursor)
 
     async def _carry_out(self, action: Action) -> Event:
         """One action, and what came of it; every expected failure is an event."""

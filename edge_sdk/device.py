@@ -25,7 +25,7 @@ from edge_sdk.assets import cache_folder
 from edge_sdk.eligibility import Policy
 from edge_sdk.engines import Engine, Sampling
 from edge_sdk.errors import AssetError, DataError, Unreachable
-from edge_sdk.protocol import Manifest
+from edge_sdk.protocol import Manifest, Sample
 from edge_sdk.store import Store
 from edge_sdk.training.depth import Limits
 
@@ -118,6 +118,21 @@ class EdgeDevice:
             return asyncio.run(take_part())
         except TimeoutError as error:
             raise Unreachable(f"not finished after {timeout} seconds; call learn() again to go on") from error
+
+    def synthetic(self) -> list[Sample]:
+        """The run's synthetic data: texts its LLM wrote and its devices accepted, with soft labels; fetches what is new.
+
+        The device need not take part in anything else; it sends nothing but its name. What was withdrawn is not among them.
+
+        Raises:
+            Refused: this run has no synthetic data. Unreachable: the server does not answer.
+        """
+
+        async def fetch() -> list[Sample]:
+            async with self._transport() as transport:
+                return await self._agent(transport).synthetic()
+
+        return asyncio.run(fetch())
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Labels texts with the newest adapter this device keeps, or the base model where it has none; no torch needed.

@@ -58,7 +58,7 @@ class ServerSimulator:
         self.manifest = manifest
         self.work = list(work)
         self.blobs = dict(blobs or {})
-        self.feed: list[Line] = []  # of synthetic data
+        self.feed: list[Line] | None = []  # of synthetic data; None for a run that has none
         self.sheet: Predict | None = None  # the last one handed out
         self.results: list[Result] = []
         self.bodies: list[bytes] = []  # of the results, as they came
@@ -115,6 +115,8 @@ class ServerSimulator:
                 self.bodies.append(body)
                 return encode(Receipt(hashlib.sha256(body).hexdigest(), result.version))
             case [query] if query.startswith("synthetic?"):
+                if self.feed is None:
+                    raise WireError("wrong-system", "this run has no synthetic data", 404)
                 since, limit = (int(part.split("=")[1]) for part in query.partition("?")[2].split("&"))
                 return pack_lines(self.feed[since : since + limit])
             case ["blobs", sha256] if sha256 in self.blobs:

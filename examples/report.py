@@ -172,7 +172,8 @@ td:first-child, th:first-child {{ text-align: left; }} svg {{ width: 100%; heigh
 </style></head><body>
 <h1>Four devices learned sentiment together</h1>
 <p>Devices with {slm}: {versions} versions in {seconds:.0f} s. Each device has 16 labelled sentences of one domain,
-many without a label, and 100 labelled ones that it chooses by; no sentence left its device. One upload is {share:.2%} of the model.</p>
+many without a label, and 100 labelled ones that it chooses by; no sentence left its device.
+One upload is {share:.2%} of the model.</p>
 <table><tr><th>device</th>{heads}<th>test sentences</th><th>bytes sent</th></tr>{rows}
 <tr><td>mean</td>{mean}<td></td><td></td></tr></table>
 {mutual}

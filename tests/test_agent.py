@@ -715,7 +715,7 @@ async def learned(world: World, tmp_path: Path, work: Train) -> tuple[bytes, byt
     store = Store(tmp_path / f"undisturbed-{work.share}")
     filled(store)
     server = ServerSimulator(world.server.manifest, [work, Finished(0, "")], world.server.blobs)
-    server.feed = list(world.server.feed)
+    server.feed = list(world.server.feed or ())
     limits = Limits(step_seconds=1000, micro_tokens=1)
     await Agent(store, server, world.cache, "device", limits=limits, look=Conditions, say=lambda _: None).run()
     store.close()
@@ -1193,3 +1193,28 @@ async def test_another_run_has_another_feed(world: World) -> None:
     assert world.store.cursor == 1
     assert (world.store.home / START).read_bytes() == pack_adapter(world.spec.start(0))
     assert world.server.results[0].metrics["synthetic_examples"] == 1.0
+
+
+async def test_a_device_can_use_the_feed_and_nothing_else(world: World) -> None:
+    """New samples are fetched once, withdrawn ones go; no bundle is downloaded, no work asked for, nothing sent."""
+    world.server.feed = [sample(1), sample(2)]
+    first = await world.agent().synthetic()
+    world.server.feed = [*world.server.feed, Withdrawal(3, first[0].id), sample(4)]
+    second = await world.agent().synthetic()
+
+    assert [s.seq for s in first] == [1, 2]
+    assert [s.seq for s in second] == [2, 4]
+    assert world.server.results == []
+    assert not (world.cache / "bundles").exists()
+
+
+async def test_a_server_that_has_no_feed_any_more_is_asked_for_work(world: World) -> None:
+    """A device that once followed a feed meets the run without one that took its place: the refusal is not the end."""
+    world.server.feed = [sample(1)]
+    await world.agent().synthetic()
+    world.server.feed = None
+    filled(world.store)
+    world.server.work += [own_work(start(world), version=3), Finished(4, "")]
+    await world.agent(limits=SMALL, look=Conditions).run()
+
+    assert len(world.server.results) == 1

@@ -130,11 +130,15 @@ async def test_a_sheet_is_written_by_what_was_learned(tmp_path: Path) -> None:
 
 
 async def test_nothing_usable_is_said_with_reasons(tmp_path: Path) -> None:
-    """No empty sheet is made; the operator reads why."""
+    """No empty sheet is made; the operator reads why, and the next attempt is not the same one."""
     desk = Desk(tmp_path)
     desk.llm.troubles.append(Texts((("no", "yes", "so bad"), ()), 0.0))
     with pytest.raises(DataError, match=r"nothing usable \(2 short, 1 leak\)"):
         await desk.do(WriteSheet(0))
+    await desk.do(WriteSheet(0))
+
+    first, second = (job.sampling.seed for job in desk.llm.jobs if isinstance(job, Write))
+    assert second == first + 1
 
 
 async def test_a_sheet_has_no_more_texts_than_devices_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

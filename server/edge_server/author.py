@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
@@ -52,6 +53,7 @@ class Author:
     embed: Embed | None
     now: Callable[[], float]
     writer: Compute | None = None
+    attempts: Counter[int] = field(default_factory=Counter)  # at each sheet: what failed is not written again word for word
 
     async def carry_out(self, step: Step, state: State) -> Written | Decided | Tuned:
         """Raises: JobFailed, DataError, OSError: it cannot be done now."""
@@ -64,8 +66,11 @@ class Author:
     async def _write(self, number: int, state: State) -> Written:
         settings, adapter = self.settings, state.tuned[-1] if state.tuned and self.writer is None else ""
         asked = crosslm.prompts(settings.prompts, settings.names or self.task.labels)
-        each = -(-settings.samples // len(asked))
-        sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.seed * 1_000_000 + number * 1000)
+        each, attempt = -(-settings.samples // len(asked)), self.attempts[number] % 1000
+        self.attempts[number] += 1
+        sampling = Sampling(
+            settings.max_tokens, settings.temperature, settings.top_p, settings.seed * 1_000_000 + number * 1000 + attempt
+        )
         job = Write(self._file(adapter), tuple(prompt for prompt, _ in asked), (each,) * len(asked), sampling)
         outcome = _expect(await (self.writer or self.compute).run(job), Texts)
         drafts = [

@@ -16,7 +16,7 @@ from edge_sdk.tasks import Kind
 from tests import factories
 
 HERE = Path(__file__).parent
-NEED_AN_EXPORTER = ["test_demo.py", "test_real_assets.py"]  # they export real models
+NEED_AN_EXPORTER = ["test_demo.py", "test_liars.py", "test_real_assets.py", "test_report.py"]  # real models, or plots
 collect_ignore: list[str] = []
 if importlib.util.find_spec("onnx") is None:
     own = [path.name for path in HERE.glob("test_*.py") if "\nfrom edge_export" in path.read_text()]  # the exporter's own tests

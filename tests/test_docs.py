@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import engines, lpfl, training
+from bench import crosslm, engines, lpfl, training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -19,6 +19,14 @@ def test_the_table_in_the_readme_is_the_committed_result() -> None:
     rows = json.loads((ROOT / "docs/results/lpfl.json").read_text())["rows"]
 
     assert lpfl.markdown(rows) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/systems/crosslm.md"])
+def test_the_table_of_mutual_learning_is_the_committed_result(page: str) -> None:
+    """Every number of the table comes from docs/results/crosslm.json."""
+    rows = json.loads((ROOT / "docs/results/crosslm.json").read_text())["rows"]
+
+    assert crosslm.markdown(rows) in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/bundles.md"])

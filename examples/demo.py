@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,8 +100,9 @@ def run(slm: str, out: Path, seed: int, console: Console) -> None:
     tests = dict(zip(domains, fleet.devices("by-domain", LABELLED, UNLABELLED, TESTED, "test", seed), strict=True))
     own = fleet.devices("by-domain", LABELLED, UNLABELLED, HELD_OUT, "validation", seed)
     for name, private in zip(domains, own, strict=True):
-        fill(homes[name], private)  # with nothing that its result is measured by
-        fill(out / "alone" / name, tests[name])
+        device = uuid.uuid4().hex  # one device in two homes: it takes part in one, and learns alone in the other
+        fill(homes[name], private, device)  # with nothing that its result is measured by
+        fill(out / "alone" / name, tests[name], device)
     (out / "logs").mkdir(parents=True)
     with processes() as started_processes:
         server, address = start_server(config, bundle, out, started_processes)
@@ -148,10 +150,11 @@ def clear(out: Path) -> None:
     (out / MARK).touch()
 
 
-def fill(home: Path, private: Private) -> None:
+def fill(home: Path, private: Private, device: str) -> None:
     """Puts one device's private text into its store; the truths only measure soft labels."""
     labels = icwsm.LABELS
     store = Store(home)
+    store.set_fact("device", device)
     store.add_all((e.text, labels[e.label or 0], None, False) for e in private.labelled)
     store.add_all((text, None, labels[t or 0], False) for text, t in zip(private.unlabelled, private.truths, strict=True))
     store.add_all((e.text, labels[e.label or 0], None, True) for e in private.held_out)

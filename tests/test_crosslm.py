@@ -379,4 +379,6 @@ def test_after_the_last_sheet_devices_average() -> None:
     over = replace(state, version=4, adapters=("a",) * 5)
     assert crosslm.plan(THEN, over, Device("x", trained=3), can_train=True) == Evaluate(4, "a")
     assert crosslm.plan(THEN, over, Device("x", trained=3, evaluated=4), can_train=True) == Finished(4, "a")
-    assert crosslm.finished(THEN, replace(over, devices=MappingProxyType({"x": Device("x", evaluated=4)})))
+    assert not crosslm.finished(THEN, replace(over, devices=MappingProxyType({"x": Device("x", trained=3)})))
+    idle = {"x": Device("x", evaluated=4), "y": Device("only enrolled")}
+    assert crosslm.finished(THEN, replace(over, devices=MappingProxyType(idle)))

@@ -162,10 +162,14 @@ def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Wo
 
 
 def finished(settings: CrossLm, state: State) -> bool:
-    """Whether the last sheet is decided, the LLM has learned from it, and so has every device that trains."""
+    """Whether the last sheet is decided, the LLM has learned from it, and so has every device that trains; and what follows.
+
+    A device that only enrolled is not waited for.
+    """
     done = len(state.tuned) >= settings.versions
     if then := _afterwards(settings):
-        return done and lpfl.finished(then, state)
+        there = {id: d for id, d in state.devices.items() if max(d.trained, d.judged, d.evaluated) >= 0}
+        return done and lpfl.finished(then, replace(state, devices=there))
     return done and all(d.trained >= settings.versions or d.trained < 0 for d in state.devices.values())
 
 

@@ -115,10 +115,10 @@ class House:
 
 
 def toml(value: dict[str, object]) -> str:
-    """Enough TOML for a run's settings."""
+    """Enough TOML for a run's settings; what is None is left out."""
     import json
 
-    plain = [f"{k} = {json.dumps(v)}" for k, v in value.items() if not isinstance(v, dict)]
+    plain = [f"{k} = {json.dumps(v)}" for k, v in value.items() if v is not None and not isinstance(v, dict)]
     text = "\n".join(plain)
     for key, inner in value.items():
         if isinstance(inner, dict):

@@ -18,35 +18,35 @@ one seed, and what methods have in common is done once. Settings come from valid
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import pydoc_data.topics
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import fleet, mutual
-from bench.report import Result, spread
+from bench.report import Result, run_cells, spread
 from edge_sdk.adapters import Arrays
 from edge_sdk.assets import MODELS, cache_folder, resolve
 from edge_sdk.protocol import Mix, Sample
 from edge_sdk.tasks import Example, Private, Task
 from edge_server import settings as run_settings
-from edge_server.llm.jobs import Foresee, Hello, Job, Label, Labelled, Lessons, Outcome, Perplexity, Scores, Tune, Tuning
+from edge_server.llm.jobs import Foresee, Hello, Job, Labelled, Lessons, Outcome, Perplexity, Tune, Tuning
 from edge_server.systems.crosslm import CrossLm
 
-ABLATIONS = ("no_feedback", "no_contrast", "lpfl")
-MUTUAL = ("zero_shot", "standalone", "datafree_kd", "crosslm", "unchosen", "crosslm_plus_lpfl")
-METHODS = (*MUTUAL[:3], *ABLATIONS[:2], *MUTUAL[3:5], ABLATIONS[2], MUTUAL[5])
+METHODS = (
+    *("zero_shot", "standalone", "datafree_kd", "no_feedback", "no_contrast"),
+    *("crosslm", "unchosen", "lpfl", "crosslm_plus_lpfl"),
+)
+ABLATIONS = ("no_feedback", "no_contrast", "lpfl")  # a cell of their own
+MUTUAL = tuple(m for m in METHODS if m not in ABLATIONS)
 CHOICE = 16  # labels a device holds out, to keep the better adapter by
 UNLABELLED, HELD_OUT, LLM_TEXTS = 240, 240, 30  # of a device; LLM_TEXTS of its test texts are put to the LLM
 FOREIGN = 24  # excerpts of Python's manual: nothing a device or a judge ever saw
@@ -219,11 +219,7 @@ def _upper_bound(place: Place) -> Path:
 
 
 def _accuracy(llm: mutual.Here, adapter: str, examples: Sequence[Example]) -> tuple[float, float]:
-    """As the LLM answers, and with the threshold where half of all texts are above it: what calibration alone can give."""
-    outcome = asyncio.run(llm.run(Label(adapter, tuple(e.text for e in examples))))
-    scores = np.array(outcome.scores if isinstance(outcome, Scores) else ())
-    labels, margin = np.array([e.label for e in examples]), scores[:, 1] - scores[:, 0]
-    return float(((margin > 0) == labels).mean()), float(((margin > np.median(margin)) == labels).mean())
+    return asyncio.run(mutual.skill(llm, adapter, examples))
 
 
 # The bench ------------------------------------------------------------------------------------------------------------
@@ -236,22 +232,12 @@ def run(full: bool) -> Result:
     return Result("crosslm", rows, summary(rows), _table(rows), _targets(rows))
 
 
-def run_all(cells: Sequence[Cell], workers: int = 2) -> list[dict[str, Any]]:
-    """Measures all cells, each in one thread of one of `workers` processes."""
+def run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Measures all cells: one list of rows."""
     fleet.bundle_of("minilm")  # exported and fetched once, before the workers need them
     resolve(MODELS[settings_of(0).llm.model])
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, Progress(*columns) as progress:
-        bar = progress.add_task("cells", total=len(cells))
-        jobs = {pool.submit(measure, cell): i for i, cell in enumerate(cells)}
-        rows: dict[int, list[dict[str, Any]]] = {}
-        for job in as_completed(jobs):
-            rows[jobs[job]] = job.result()
-            progress.advance(bar)
-            if not progress.console.is_terminal:
-                print(f"{len(rows)} of {len(cells)}: {cells[jobs[job]].labels} labels, seed {cells[jobs[job]].seed}", flush=True)
-    return [row for i in range(len(cells)) for row in rows[i]]
+    found = run_cells(measure, cells, lambda cell, _: f"{cell.labels} labels, seed {cell.seed}, {', '.join(cell.methods)}")
+    return [row for rows in found for row in rows]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

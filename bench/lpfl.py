@@ -16,19 +16,16 @@ baselines have LP-FL's settings, but for FP-FL's rate: they are not tuned. Accur
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import msgspec
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import fleet
-from bench.report import Result, spread
+from bench.report import Result, run_cells, spread
 from edge_sdk.adapters import Arrays
 from edge_sdk.protocol import Update
 from edge_sdk.tasks import Private
@@ -131,23 +128,16 @@ def accuracies(method: str, lab: fleet.Lab, devices: Sequence[Private], settings
     raise ValueError(f"no method {method}")
 
 
-def run_all(cells: Sequence[Cell], workers: int = 2) -> list[dict[str, Any]]:
-    """Measures all cells, each in one thread of one of `workers` processes, with a progress bar."""
+def run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Measures all cells."""
     for slm in {cell.slm for cell in cells}:
         fleet.bundle_of(slm)  # exported once, before the workers need it
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, Progress(*columns) as progress:
-        bar = progress.add_task("training", total=len(cells))
-        jobs = {pool.submit(measure, cell): i for i, cell in enumerate(cells)}
-        rows: dict[int, dict[str, Any]] = {}
-        for job in as_completed(jobs):
-            rows[jobs[job]] = row = job.result()
-            progress.advance(bar)
-            if not progress.console.is_terminal:
-                where = f"{row['slm']} {row['split']} {row['labels']} labels seed {row['seed']} {row['method']}"
-                print(f"{len(rows)} of {len(cells)}: {where}: {row['accuracy']:.3f} in {row['seconds']:.0f} s", flush=True)
-    return [rows[i] for i in range(len(cells))]
+    return run_cells(measure, cells, _told)
+
+
+def _told(cell: Cell, row: dict[str, Any]) -> str:
+    where = f"{cell.slm} {cell.split} {cell.labels} labels seed {cell.seed} {cell.method}"
+    return f"{where}: {row['accuracy']:.3f} in {row['seconds']:.0f} s"
 
 
 def upload_fraction(slm: str) -> dict[str, float]:

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from edge_sdk import files, verbs, wire
 from edge_sdk.adapters import AdapterSpec, Arrays, add
 from edge_sdk.judgments import Bytes
 from edge_sdk.protocol import Judgment, Mix, Sample, Text
-from edge_sdk.tasks import Private, Task
+from edge_sdk.tasks import Example, Private, Task
 from edge_server import coordinator
 from edge_server.author import Author
+from edge_server.compute import Compute
 from edge_server.coordinator import Enrolled, Judged, Published, State
 from edge_server.knowledge.filters import Embed
-from edge_server.llm.jobs import Hello, Job, Outcome, Write
+from edge_server.llm import jobs
+from edge_server.llm.jobs import Hello, Job, Label, Outcome, Scores, Write
 from edge_server.llm.worker import do
 from edge_server.storage import Blobs
 from edge_server.systems.crosslm import CrossLm, DecideSheet, TuneLlm, WriteSheet
@@ -29,14 +32,17 @@ if TYPE_CHECKING:
     from edge_sdk.engines import Scorer
     from edge_server.llm.model import Llm
 
+SOURCES = Path(jobs.__file__).parent
 Liar = Callable[[int, Bytes], Bytes]
 
 
 class Here:
-    """The LLM in this process. What the base writes is the same for every method of a seed, and kept in `cache`."""
+    """The LLM in this process. What the base writes is the same for every method of a seed, and kept in `cache`, under a name
+    that changes with the code that writes it."""
 
     def __init__(self, llm: Llm, hello: Hello, cache: Path) -> None:
-        self._llm, self._name, self._cache = llm, msgspec.json.encode(hello), cache
+        code = b"".join((SOURCES / name).read_bytes() for name in ("model.py", "writing.py"))
+        self._llm, self._name, self._cache = llm, msgspec.json.encode(hello) + code, cache
 
     async def run(self, job: Job) -> Outcome:
         if not isinstance(job, Write) or job.adapter:
@@ -142,3 +148,14 @@ async def sheets(settings: CrossLm, task: Task, compute: Here, folder: Path, emb
         state = coordinator.apply(state, await author.carry_out(WriteSheet(number), state))
         found += wire.unpack_lines(blobs.get(state.sheets[-1].texts), Text)
     return found
+
+
+async def skill(llm: Compute, adapter: str, examples: Sequence[Example]) -> tuple[float, float]:
+    """An LLM's accuracy on a task of two classes: as it answers, and with the threshold where half of all texts are above it.
+
+    What the second gains over the first, calibration alone can give.
+    """
+    outcome = await llm.run(Label(adapter, tuple(e.text for e in examples)))
+    scores = np.array(outcome.scores if isinstance(outcome, Scores) else ())
+    labels, margin = np.array([e.label for e in examples]), scores[:, 1] - scores[:, 0]
+    return float(((margin > 0) == labels).mean()), float(((margin > np.median(margin)) == labels).mean())

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+C = TypeVar("C")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,23 @@ def machine() -> dict[str, Any]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean and standard deviation (of the sample; 0 for one value)."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def run_cells(measure: Callable[[C], R], cells: Sequence[C], told: Callable[[C, R], str], workers: int = 2) -> list[R]:
+    """Measures all cells, each in one thread of one of `workers` processes, with a progress bar, or a line `told` a cell."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, Progress(*columns) as progress:
+        bar = progress.add_task("training", total=len(cells))
+        jobs = {pool.submit(measure, cell): i for i, cell in enumerate(cells)}
+        found: dict[int, R] = {}
+        for job in as_completed(jobs):
+            at = jobs[job]
+            found[at] = job.result()
+            progress.advance(bar)
+            if not progress.console.is_terminal:
+                print(f"{len(found)} of {len(cells)}: {told(cells[at], found[at])}", flush=True)
+    return [found[i] for i in range(len(cells))]
 
 
 def show(result: Result, out: Path | None) -> None:

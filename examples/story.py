@@ -6,16 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
 
+from bench import mutual
 from edge_sdk.tasks import Example
 from edge_server import coordinator
 from edge_server.compute import LocalCompute
 from edge_server.coordinator import Event, State
-from edge_server.llm.jobs import Label, Scores
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
 from edge_server.systems.crosslm import Judged
@@ -63,15 +61,10 @@ def read(data: Path, settings: RunSettings, examples: Sequence[Example]) -> Stor
 async def _skill(settings: RunSettings, blobs: Blobs, adapter: str, examples: Sequence[Example]) -> dict[str, float]:
     if settings.crosslm is None:
         return {}
-    compute = LocalCompute(settings.crosslm.llm, settings.task)
-    labels, found = np.array([e.label for e in examples]), {}
+    compute, found = LocalCompute(settings.crosslm.llm, settings.task), dict[str, float]()
     try:
         for name, path in (("before", ""), ("after", str(blobs.path(adapter) or ""))):
-            outcome = await compute.run(Label(path, tuple(e.text for e in examples)))
-            scores = np.array(outcome.scores if isinstance(outcome, Scores) else ())
-            margin = scores[:, 1] - scores[:, 0]
-            found[name] = float((scores.argmax(1) == labels).mean())
-            found[f"{name}_balanced"] = float(((margin > np.median(margin)) == labels).mean())
+            found[name], found[f"{name}_balanced"] = await mutual.skill(compute, path, examples)
     finally:
         await compute.close()
     return found
@@ -81,8 +74,3 @@ def some(judged: Sequence[Judged]) -> list[Judged]:
     """A few texts, evenly spread over a sheet, so over prompts and labels."""
     count = min(SHOWN, len(judged))
     return [judged[i * len(judged) // count] for i in range(count)]
-
-
-def as_json(story: Story) -> dict[str, Any]:
-    """What report.json says of it."""
-    return {"llm": story.llm, "synthetic": story.synthetic}

@@ -120,7 +120,6 @@ def test_the_numbers_of_a_run(encoder_bundle: Path) -> None:
     assert plain["upload_fraction"] == 8000 / 4 / (4 * bundles.read(encoder_bundle).parameters)
     assert (plain["system"], plain["versions"], plain["seconds"]) == ("crosslm", 2, 12.5)
     assert summarized(encoder_bundle, STORY) == {**plain, "llm": STORY.llm, "synthetic": STORY.synthetic}
-    assert story.as_json(STORY) == {"llm": STORY.llm, "synthetic": STORY.synthetic}
 
 
 def test_the_final_table(encoder_bundle: Path) -> None:

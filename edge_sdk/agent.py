@@ -326,7 +326,7 @@ class Agent:
             count, metrics = await asyncio.to_thread(verbs.evaluate, start, manifest.adapter, private, models.engine)
             self._say(f"version {work.version}: {_numbers(metrics)} on {count} held-out texts")
             if apart:
-                await self._keep_better(start, work.version)
+                await self._keep_better(start, work.version, metrics)
             evaluation = Evaluation(self._store.device_id, work.version, count, metrics)
             self._store.post(Parcel(wire.JSON_TYPE, wire.encode(evaluation)))
             return
@@ -353,7 +353,7 @@ class Agent:
         self._store.post(parcel)
         (self._store.home / CHECKPOINT).unlink(missing_ok=True)
 
-    async def _keep_better(self, new: Arrays, version: int) -> Metrics:
+    async def _keep_better(self, new: Arrays, version: int, known: Metrics | None = None) -> Metrics:
         """Makes `new` the device's adapter unless the one it has is better on its held-out text; numbers of what it keeps."""
         models = await self.models()
         manifest, held = models.manifest, None
@@ -362,7 +362,7 @@ class Agent:
         except DataError as error:
             self._say(f"the adapter it had is lost: {error}")
         private = await asyncio.to_thread(self._store.private, manifest.task)
-        found = await asyncio.to_thread(verbs.better, held, new, manifest.adapter, private, models.engine)
+        found = await asyncio.to_thread(verbs.better, held, new, manifest.adapter, private, models.engine, known)
         chosen, measured, newer = found
         if not newer:
             self._say(f"version {version}: the adapter it had is better on held-out text, and stays")

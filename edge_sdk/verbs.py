@@ -142,13 +142,18 @@ def judge(
     return len(private.labelled), metrics, covers, encode(probabilities, [text.label for text in sheet], form)
 
 
-def better(old: Arrays | None, new: Arrays, spec: AdapterSpec, private: Private, engine: Scorer) -> tuple[Arrays, Metrics, bool]:
+def better(
+    old: Arrays | None, new: Arrays, spec: AdapterSpec, private: Private, engine: Scorer, found: Metrics | None = None
+) -> tuple[Arrays, Metrics, bool]:
     """The adapter that is right more often on held-out text, its numbers, and whether it is the new one.
 
     Learning from others can make a device worse; it keeps what serves it. Where both do alike, or there is nothing to measure
     by, the new one has seen more.
+
+    Args:
+        found: the new one's numbers, where they are measured already.
     """
-    _, found = evaluate(new, spec, private, engine)
+    found = evaluate(new, spec, private, engine)[1] if found is None else found
     if old is not None and found:
         _, known = evaluate(old, spec, private, engine)
         if _worth(known) > _worth(found):

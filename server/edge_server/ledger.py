@@ -223,7 +223,7 @@ class Ledger:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(wake.wait(), RETRY_SECONDS if wake in self._troubles else patience())
             wake.clear()
-            try:  # nothing ends this loop but its cancellation
+            try:
                 while await step():
                     self._troubles.pop(wake, None)  # what comes next may take hours
                 self._troubles.pop(wake, None)

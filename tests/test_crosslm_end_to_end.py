@@ -70,6 +70,13 @@ def feed(address: str, since: int = 0, limit: int = 1000) -> list[Line]:
         return wire.unpack_lines(answer.read(), Line)  # type: ignore[arg-type]  # a union is fine for msgspec
 
 
+def start_devices(house: House, address: str) -> None:
+    """One agent for each device, with private text of its own."""
+    for number, name in enumerate(DEVICES):
+        house.fill(name, private(number))
+        house.agent(name, address)
+
+
 def operator(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "edge_server.cli", *arguments], capture_output=True, text=True, check=False)
 
@@ -77,9 +84,7 @@ def operator(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_devices_and_the_llm_teach_each_other(house: House) -> None:
     """Two sheets are written, judged by three devices and learned from by all; the feed is the same however it is paged."""
     _, address = house.serve()
-    for number, name in enumerate(DEVICES):
-        house.fill(name, private(number))
-        house.agent(name, address)
+    start_devices(house, address)
     until(lambda: status(address).finished, 300)
     stands = status(address)
 
@@ -111,9 +116,7 @@ def test_devices_average_after_the_last_sheet(house: House) -> None:
     then = LpFl(versions=2, buffer_size=3, wait_seconds=0.05, training=training, soft=SoftLabels(growth=6, batch_size=4))
     configure(house, msgspec.structs.replace(run, versions=1, samples=12, federated=then))
     _, address = house.serve()
-    for number, name in enumerate(DEVICES):
-        house.fill(name, private(number))
-        house.agent(name, address)
+    start_devices(house, address)
     until(lambda: status(address).finished, 300)
     stands = status(address)
     until(lambda: all(process.poll() is not None for process in house.running[1:]))
@@ -144,9 +147,7 @@ def test_devices_average_after_the_last_sheet(house: House) -> None:
 def test_a_sample_is_withdrawn(house: House) -> None:
     """The operator lists, shows, exports and withdraws; the feed says so, and lists no longer show it."""
     _, address = house.serve()
-    for number, name in enumerate(DEVICES):
-        house.fill(name, private(number))
-        house.agent(name, address)
+    start_devices(house, address)
     until(lambda: len(feed(address)) > 1, 300)
     first = feed(address)[0]
     assert isinstance(first, Sample)
@@ -175,9 +176,7 @@ def test_the_server_dies_while_the_llm_works(house: House) -> None:
     """kill -9 of the server, and later of the LLM's process: everything goes on and ends as it should."""
     server, address = house.serve()
     port = int(address.rsplit(":", 1)[1])
-    for number, name in enumerate(DEVICES):
-        house.fill(name, private(number))
-        house.agent(name, address)
+    start_devices(house, address)
     until(lambda: "sheet 0:" in house.log("server"), 120)
     server.send_signal(signal.SIGKILL)
     server.wait()

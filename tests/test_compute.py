@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from edge_server.llm.jobs import (
     Write,
 )
 from tests import factories, tiny
+from tests.test_end_to_end import ROOT, until
 
 TEXTS = ("the film was great", "so dull")
 WRITE = Write("", ("the film was", "a day"), (3, 2), Sampling(5, 1.0, 0.9, 1))
@@ -144,3 +147,44 @@ async def test_a_cancelled_job_leaves_no_answer_behind(compute: LocalCompute) ->
         await job
 
     assert isinstance(await compute.run(Label("", TEXTS)), Scores)
+
+
+SERVER = """
+import asyncio, sys
+from edge_sdk.engines import Sampling
+from edge_server.compute import LocalCompute
+from edge_server.llm.jobs import LlmSettings, Write
+from tests import factories
+
+async def main() -> None:
+    compute = LocalCompute(LlmSettings(model=sys.argv[1], layers=2, rank=4, threads=1), factories.DECODER_TASK)
+    endless = Write("", ("the film was",), (10**6,), Sampling(100, 1.0, 0.9, 1))
+    job = asyncio.create_task(compute.run(endless))
+    while not compute.pid:
+        await asyncio.sleep(0.01)
+    print(compute.pid, flush=True)
+    await job
+
+asyncio.run(main())
+"""
+
+
+def test_a_worker_does_not_outlive_its_server(model: Path) -> None:
+    """kill -9 of the server in the middle of a job that would take hours: the worker is gone soon after."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(model)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert server.stdout is not None
+    worker = int(server.stdout.readline())
+    until(lambda: b"libtorch" in Path(f"/proc/{worker}/maps").read_bytes())  # it is at work, or about to be
+    server.kill()
+    server.wait()
+    server.stdout.close()
+
+    until(lambda: not alive(worker), 20)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

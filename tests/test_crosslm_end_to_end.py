@@ -173,7 +173,7 @@ def test_a_sample_is_withdrawn(house: House) -> None:
 
 
 def test_the_server_dies_while_the_llm_works(house: House) -> None:
-    """kill -9 of the server, and later of the LLM's process: everything goes on and ends as it should."""
+    """kill -9 of the server: everything goes on and ends as it should."""
     server, address = house.serve()
     port = int(address.rsplit(":", 1)[1])
     start_devices(house, address)

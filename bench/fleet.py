@@ -24,7 +24,6 @@ from edge_sdk.errors import DataError
 from edge_sdk.protocol import Mix, Sample
 from edge_sdk.tasks import Example, Private
 from edge_sdk.tokens import Ids, PromptEncoder
-from edge_sdk.training.hidden import HiddenStates
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution
 from edge_server.systems import lpfl
@@ -92,29 +91,18 @@ class TorchEngine:
 
 
 @cache
-def lab(slm: str, threads: int = 1) -> Lab:
-    """Loads a model once in a process."""
+def lab(slm: str, threads: int = 1, layers: int = 0) -> Lab:
+    """Loads a model once in a process; only the top `layers` learn, all for 0."""
     settings = run_settings.load(CONFIGS / f"{slm}.toml")
     folder = bundle_of(slm)
     bundle = bundles.read(folder)
     manifest = run_settings.manifest(settings, bundle)
     engine = open_engine(folder, bundle, settings.task, "fp32", threads)
-    learner = learner_of(folder, bundle, engine, manifest.adapter, threads)
-    return Lab(settings, manifest.adapter, bundle.parameters, engine, learner, folder)
-
-
-def learner_of(folder: Path, bundle: bundles.Bundle, engine: Engine, spec: AdapterSpec, threads: int = 1) -> Learner:
-    """Split training of all of `spec` on `engine`, which must wear no adapter below it; nothing is cached on disk."""
+    spec = manifest.adapter.part(layers or manifest.adapter.depth, manifest.adapter.rank)
     from edge_sdk.training.learner import Learner  # torch comes where it is needed
 
-    split = min(slot.layer for slot in spec.slots)
-
-    def compute(sequences: Sequence[Ids]) -> list[Array]:
-        engine.set_adapter(None)
-        return engine.hidden(sequences, split)
-
-    states, layers = HiddenStates(compute, "", None), bundle.layers - split
-    return Learner.split(folder, bundle, engine.head, engine.encoder, spec, states, layers, threads=threads)
+    learner = Learner.beside(engine, folder, bundle, spec, settings.task, threads)
+    return Lab(settings, spec, bundle.parameters, engine, learner, folder)
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from edge_sdk import files, verbs, wire
+from edge_sdk import files, judgments, verbs, wire
 from edge_sdk.adapters import AdapterSpec, Arrays, add
 from edge_sdk.judgments import Bytes
 from edge_sdk.protocol import Judgment, Mix, Sample, Text
@@ -22,11 +22,13 @@ from edge_server.author import Author
 from edge_server.compute import Compute
 from edge_server.coordinator import Enrolled, Judged, Published, State
 from edge_server.knowledge.filters import Embed
+from edge_server.knowledge.judging import UNKNOWN, Ballot, combine
 from edge_server.llm import jobs
 from edge_server.llm.jobs import Hello, Job, Label, Outcome, Scores, Write
-from edge_server.llm.worker import do
+from edge_server.llm.worker import Models, do
 from edge_server.storage import Blobs
-from edge_server.systems.crosslm import CrossLm, DecideSheet, TuneLlm, WriteSheet
+from edge_server.systems import crosslm
+from edge_server.systems.crosslm import CrossLm, DecideSheet, Draft, TuneLlm, WriteSheet
 
 if TYPE_CHECKING:
     from edge_sdk.engines import Scorer
@@ -46,10 +48,10 @@ class Here:
 
     async def run(self, job: Job) -> Outcome:
         if not isinstance(job, Write) or job.adapter:
-            return do(self._llm, job)
+            return do(Models(self._llm), job)
         kept = self._cache / f"{hashlib.sha256(self._name + msgspec.json.encode(job)).hexdigest()[:24]}.json"
         if not kept.exists():
-            files.write(kept, msgspec.json.encode(do(self._llm, job)))
+            files.write(kept, msgspec.json.encode(do(Models(self._llm), job)))
         return msgspec.json.decode(kept.read_bytes(), type=Outcome)  # type: ignore[no-any-return]
 
     async def close(self) -> None:
@@ -58,7 +60,7 @@ class Here:
 
 @dataclass(frozen=True)
 class Version:
-    """After a sheet: what devices learned and what they keep, the feed, the LLM's adapter, the share of good texts.
+    """After a sheet: what devices learned and what they keep, the feed, the LLM's adapter, the share of good texts, all texts.
 
     `traffic`: bytes that a device gets and sends for 1,000 texts: the sheet, its judgment, and the new lines of the feed (gzip).
     """
@@ -69,6 +71,7 @@ class Version:
     llm: str
     acceptance: float
     traffic: float
+    sheet: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,16 @@ class Devices:
         """What each device keeps of two adapters."""
         rows = zip(old, new, self.fleet, strict=True)
         return tuple(verbs.better(a, b, self.spec, private, self.engine)[0] for a, b, private in rows)
+
+    def acceptance(self, adapters: Sequence[Arrays], sheet: Sequence[Text], settings: CrossLm) -> float:
+        """Share of a sheet's texts that the devices find good with these adapters."""
+        written, ballots = [text.label for text in sheet], []
+        for adapter, private in zip(adapters, self.fleet, strict=True):
+            _, metrics, covers, answer = verbs.judge(sheet, adapter, self.spec, private, self.engine, settings.form)
+            probabilities = judgments.decode(answer, written, len(self.engine.encoder.labels), settings.form)
+            ballots.append(Ballot(probabilities, metrics.get("accuracy", UNKNOWN), frozenset(covers)))
+        drafts = [Draft("", text.label, text.text) for text in sheet]
+        return crosslm.acceptance(crosslm.decide(drafts, combine(ballots, written), settings.quality))
 
     def train(self, start: Arrays, settings: CrossLm, feed: Sequence[Sample] = ()) -> tuple[Arrays, ...]:
         """Each device's own adapter, from private labels and the feed."""
@@ -137,7 +150,7 @@ async def versions(
         kept = devices.better(kept, own)
         size += state.sheets[-1].size + len(gzip.compress(wire.pack_lines(feed[known:])))
         adapter, traffic = str(blobs.path(state.tuned[-1]) or ""), 1000 * size / len(sheet)
-        yield Version(own, kept, feed, adapter, state.sheets[-1].acceptance, traffic)
+        yield Version(own, kept, feed, adapter, state.sheets[-1].acceptance, traffic, tuple(sheet))
 
 
 async def sheets(settings: CrossLm, task: Task, compute: Here, folder: Path, embed: Embed | None) -> list[Text]:

@@ -112,6 +112,10 @@ class PromptEncoder:
             raise DataError("two label words are the same tokens of this tokenizer; choose others")
         return ids
 
+    def tokens(self) -> dict[str, int]:
+        """The whole vocabulary, each token's id."""
+        return dict(self._tokenizer.get_vocab())
+
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -28,6 +28,7 @@ from edge_sdk.protocol import Judgment, Sample, Text, Train
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Job, Training
+from edge_sdk.training.learner import Learner
 from edge_server import coordinator
 from edge_server import settings as run_settings
 from edge_server.coordinator import Decided, Enrolled, Published, State, Tuned, Written
@@ -48,7 +49,7 @@ def lab(encoder_bundle: Path) -> fleet.Lab:
     bundle = bundles.read(encoder_bundle)
     manifest = run_settings.manifest(settings, bundle)
     engine = open_engine(encoder_bundle, bundle, settings.task)
-    learner = fleet.learner_of(encoder_bundle, bundle, engine, manifest.adapter)
+    learner = Learner.beside(engine, encoder_bundle, bundle, manifest.adapter, settings.task)
     return fleet.Lab(settings, manifest.adapter, bundle.parameters, engine, learner, encoder_bundle)
 
 
@@ -375,14 +376,14 @@ def bench_rows(labels: int = 16, seeds: tuple[int, ...] = (0, 1), **changes: flo
         shift = 0.25 * (seed % 2)
         own = [{"method": m, "accuracy": 0.5 + gain + shift} for m, gain in {**GAINS, **changes}.items()]
         own[4]["acceptance"] = [0.125, 0.125]
-        own[5]["traffic"] = 500.0 + seed
+        own[5] |= {"traffic": 500.0 + seed, "panel": [0.25 + shift, 0.5, 0.375]}
         own += [
             about_llm("before", 0.25 + shift),
             about_llm("version 1", 0.375 + shift, acceptance=0.5, feed=8),
             about_llm("version 2", 0.5 + shift, acceptance=0.75, feed=16, foreign_perplexity=16.5),
             about_llm("upper_bound", 0.625 + shift),
         ]
-        rows += [{"labels": labels, "seed": seed, **row} for row in own]
+        rows += [{"slm": "minilm", "labels": labels, "seed": seed, **row} for row in own]
     return rows
 
 
@@ -412,6 +413,28 @@ def test_a_summary_has_means_over_seeds() -> None:
     assert found["llm"]["foreign_perplexity_ratio"]["std"] == 0.0
     assert found["bytes_per_device_version"] == 502.0
     assert crosslm.summary(bench_rows())["slm_32_labels"] == {}
+    judged = found["acceptance_by_judges_that_never_learn"]
+    assert judged == {"crosslm": {"first": pytest.approx({"mean": 0.375, "std": std}), "last": {"mean": 0.375, "std": 0.0}}}
+    assert found["slm_smollm2"] == {}
+
+
+def test_a_summary_does_not_mix_slms() -> None:
+    """Another SLM with as many labels has numbers of its own."""
+    other = [{**row, "slm": "smollm2"} for row in bench_rows(16, (0,), crosslm=0.375) if "method" in row]
+    found = crosslm.summary([*bench_rows(), *other])
+
+    assert found["slm"] == crosslm.summary(bench_rows())["slm"]
+    assert found["slm_smollm2"]["crosslm"] == {"mean": 0.875, "std": 0.0}
+    assert found["llm"] == crosslm.summary(bench_rows())["llm"]
+
+
+def test_foreign_text_of_the_test_was_never_chosen_by() -> None:
+    """What the leash was chosen on and what it is reported on are different texts."""
+    test, validation = crosslm.foreign("test"), crosslm.foreign("validation")
+
+    assert not set(test) & set(validation)
+    assert len(test) == len(validation) == 25
+    assert all(100 < len(text) <= 400 for text in (*test, *validation))
 
 
 def test_a_perplexity_ratio_is_one_of_a_seed() -> None:
@@ -427,15 +450,15 @@ def test_a_perplexity_ratio_is_one_of_a_seed() -> None:
 
 
 def test_the_markdown_of_a_table() -> None:
-    """A line for each number of labels, in the order measured, a column for each method, empty where it was not."""
+    """A line for each SLM and number of labels, in the order measured, a column for each method, empty where it was not."""
     table = crosslm.markdown([*bench_rows(), *bench_rows(32, (2,), crosslm=0.375)]).splitlines()
 
     assert table == [
-        "| labels | zero shot | standalone | datafree kd | no feedback | no contrast | crosslm | unchosen | lpfl "
+        "| SLM | labels | zero shot | standalone | datafree kd | no feedback | no contrast | crosslm | unchosen | lpfl "
         "| crosslm plus lpfl |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| 16 | 0.625 | 0.688 | 0.750 | 0.812 | 0.875 | 0.875 |  |  |  |",
-        "| 32 | 0.500 | 0.562 | 0.625 | 0.688 | 0.750 | 0.875 |  |  |  |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| MiniLM | 16 | 0.625 | 0.688 | 0.750 | 0.812 | 0.875 | 0.875 |  |  |  |",
+        "| MiniLM | 32 | 0.500 | 0.562 | 0.625 | 0.688 | 0.750 | 0.875 |  |  |  |",
     ]
 
 
@@ -444,21 +467,22 @@ def test_targets_of_mutual_learning_are_kept_or_missed_by_name() -> None:
     lines = crosslm._targets(bench_rows())
 
     assert [line.split(" = ")[0] for line in lines] == [
-        *(f"16 labels: crosslm - {base}" for base in ("standalone", "datafree_kd", "no_feedback", "no_contrast")),
+        *(f"MiniLM, 16 labels: crosslm - {base}" for base in ("standalone", "datafree_kd", "no_feedback", "no_contrast")),
         "LLM's task accuracy, after - before (target >= +0.10)",
         "after / upper bound (target >= 0.90)",
         "acceptance, last - first (target > 0)",
         "perplexity on foreign text, x (target <= 1.01)",
         "bytes of 1,000 texts (target <= 300,000)",
+        "acceptance by judges that never learn, crosslm: 0.375 to 0.375",
         "the LLM's gain with balanced thresholds, which take calibration out",
         "the LLM on a task nobody trained (movie or product, balanced), after - before",
     ]
-    assert lines[0] == "16 labels: crosslm - standalone = +0.1875 ±0.0000, target >= +0.058: kept"
-    assert lines[3] == "16 labels: crosslm - no_contrast = +0.0000 ±0.0000, target >= +0.000: kept"
+    assert lines[0] == "MiniLM, 16 labels: crosslm - standalone = +0.1875 ±0.0000, target >= +0.058: kept"
+    assert lines[3] == "MiniLM, 16 labels: crosslm - no_contrast = +0.0000 ±0.0000, target >= +0.000: kept"
     assert [line.rsplit(": ", 1)[1] for line in lines[:9]] == [*["kept"] * 5, "MISSED", "kept", "MISSED", "kept"]
     assert lines[5] == "after / upper bound (target >= 0.90) = 0.8333: MISSED"
     assert lines[7] == "perplexity on foreign text, x (target <= 1.01) = 1.031: MISSED"
-    assert [line.rsplit(" = ", 1)[1] for line in lines[9:]] == ["+0.2500", "+0.0000"]
+    assert [line.rsplit(" = ", 1)[1] for line in lines[10:]] == ["+0.2500", "+0.0000"]
 
 
 def test_targets_that_are_missed() -> None:
@@ -471,11 +495,11 @@ def test_targets_that_are_missed() -> None:
     lines = crosslm._targets([*rows, *few])
 
     assert [line.split(", target")[0] for line in lines[:6]] == [
-        "16 labels: crosslm - standalone = +0.1875 ±0.0000",
-        "16 labels: crosslm - datafree_kd = +0.0100 ±0.0000",
-        "16 labels: crosslm - no_feedback = -0.0500 ±0.0000",
-        "16 labels: crosslm - no_contrast = +0.0625 ±0.0884",
-        "32 labels: crosslm - standalone = +0.0500 ±0.0000",
-        "32 labels: crosslm - datafree_kd = +0.1250 ±0.0000",
+        "MiniLM, 16 labels: crosslm - standalone = +0.1875 ±0.0000",
+        "MiniLM, 16 labels: crosslm - datafree_kd = +0.0100 ±0.0000",
+        "MiniLM, 16 labels: crosslm - no_feedback = -0.0500 ±0.0000",
+        "MiniLM, 16 labels: crosslm - no_contrast = +0.0625 ±0.0884",
+        "MiniLM, 32 labels: crosslm - standalone = +0.0500 ±0.0000",
+        "MiniLM, 32 labels: crosslm - datafree_kd = +0.1250 ±0.0000",
     ]
     assert [line.endswith("kept") for line in lines[:6]] == [True, False, False, True, False, True]

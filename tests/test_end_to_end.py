@@ -25,6 +25,7 @@ from edge_sdk.softlabels import SoftLabels
 from edge_sdk.store import Store
 from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Training
+from edge_sdk.training.learner import Learner
 from edge_server.systems.lpfl import LpFl
 from tests import factories
 
@@ -175,7 +176,7 @@ def test_a_fleet_of_processes_learns_what_the_same_loop_learns_in_one_process(ho
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
     engine = open_engine(house.bundle, bundle, TASK)
-    learner = fleet.learner_of(house.bundle, bundle, engine, spec)
+    learner = Learner.beside(engine, house.bundle, bundle, spec, TASK)
     expected = fleet.federate(list(owned.values()), spec.start(LPFL.seed), spec, LPFL, engine, learner)
     got = final_adapter(house)
     for name, array in expected.items():
@@ -214,7 +215,7 @@ def test_power_cuts_on_both_sides_change_nothing(house: House) -> None:
     bundle = bundles.read(house.bundle)
     spec = AdapterSpec(bundle.slots, 2, 8.0)
     engine = open_engine(house.bundle, bundle, TASK)
-    learner = fleet.learner_of(house.bundle, bundle, engine, spec)
+    learner = Learner.beside(engine, house.bundle, bundle, spec, TASK)
     expected = fleet.federate(owned, spec.start(LPFL.seed), spec, LPFL, engine, learner)
     for name, array in final_adapter(house).items():
         np.testing.assert_allclose(array, expected[name], atol=1e-5)

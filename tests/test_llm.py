@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
 from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
-from edge_server.llm.model import Llm, _contrast, _Frozen, _inside
+from edge_server.llm.model import Frozen, Llm, _contrast, _inside
 from edge_server.llm.writing import choose, continuations
 from tests import factories, tiny
 
@@ -80,7 +80,7 @@ def test_scores_are_the_label_words_after_the_pattern(llm: Llm) -> None:
 def test_the_cut_model_is_the_model(llm: Llm) -> None:
     """Frozen layers once, then the top: the same log-probabilities as the whole model, in a batch of other lengths."""
     rows = [llm._said("the film was", "great and lovely"), llm._said("a day", "sad")]
-    cache = _Frozen(llm._lower)
+    cache = Frozen(llm._lower)
     with torch.no_grad():
         found = [float(x.mean()) for x in llm._logprobs(cache, rows)]
 

@@ -68,7 +68,7 @@ def test_what_is_trained_is_what_is_served(slm: str, layers: int) -> None:
     bundle = bundles.read(folder)
     engine = open_engine(folder, bundle, variant="int8", threads=2)
     spec = AdapterSpec(bundle.pick((), layers), 8, 16.0)
-    learner = fleet.learner_of(folder, bundle, engine, spec, threads=2)
+    learner = Learner.beside(engine, folder, bundle, spec, bundle.task, threads=2)
     movie = fleet.domains()["movie"]
     examples, held_out = movie.train[:32], movie.validation[:100]
     rows = [

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from edge_sdk.adapters import AdapterSpec, Array, Arrays, mismatch, shapes_of
 from edge_sdk.bundle import Bundle
+from edge_sdk.engines import Engine
 from edge_sdk.errors import DataError
-from edge_sdk.tasks import Head, Kind
+from edge_sdk.tasks import Head, Kind, Task
 from edge_sdk.tokens import Ids, PromptEncoder, by_length
 from edge_sdk.training import base, losses
 from edge_sdk.training.batches import Answer, Classes, Done, Guess, Job, Label, Row, TopTokens
@@ -123,6 +124,25 @@ class Learner:
         return cls(model, parameters, states, bundle.kind, head, encoder, identity, vocabulary, trunk, micro_tokens)
 
     @classmethod
+    def beside(cls, engine: Engine, folder: Path, bundle: Bundle, spec: AdapterSpec, task: Task, threads: int = 1) -> Learner:
+        """Split training of all of `spec` beside an engine of this process; what the engine computes is kept in memory.
+
+        Below the lowest slot the engine must do without an adapter, so this one takes its adapter off.
+        """
+        split = min(slot.layer for slot in spec.slots)
+        known: dict[tuple[int, ...], Array] = {}
+
+        def compute(sequences: Sequence[Ids]) -> list[Array]:
+            if new := [list(ids) for ids in dict.fromkeys(map(tuple, sequences)) if ids not in known]:
+                engine.set_adapter(None)
+                known.update(zip(map(tuple, new), engine.hidden(new, split), strict=True))
+            return [known[tuple(ids)] for ids in sequences]
+
+        head = None if task.answer_tokens else engine.head
+        states, layers = HiddenStates(compute, "", None), bundle.layers - split
+        return cls.split(folder, bundle, head, engine.encoder, spec, states, layers, threads=threads)
+
+    @classmethod
     def whole(cls, bundle: Bundle, head: Head, encoder: PromptEncoder, spec: AdapterSpec, threads: int = 1) -> Learner:
         """The bundle's whole base with LoRA: the reference that split training is compared with."""
         _prepare(threads)
@@ -203,13 +223,29 @@ class Learner:
 
     def _over_tokens(self, hidden: Tensor, row: Row, target: Answer | TopTokens) -> Tensor:
         """Losses of one sequence's answer; position t - 1 says token t."""
-        if self._vocabulary is None:
-            raise DataError("this learner has no vocabulary, so it cannot train on answers; the task has classes")
+        vocabulary = self._words()
         if isinstance(target, TopTokens):
             said = hidden[target.start - 1 : target.start - 1 + len(target.ids)]
-            return losses.top_k(said, self._vocabulary, torch.from_numpy(target.ids), torch.from_numpy(target.logprobs))
+            return losses.top_k(said, vocabulary, torch.from_numpy(target.ids), torch.from_numpy(target.logprobs))
         wanted = torch.tensor(row.ids[target.start :])
-        return losses.tokens(hidden[target.start - 1 : len(row.ids) - 1], self._vocabulary, wanted)
+        return losses.tokens(hidden[target.start - 1 : len(row.ids) - 1], vocabulary, wanted)
+
+    def class_scores(self, sequences: Sequence[Ids]) -> Tensor:
+        """Class scores (n, n_classes) of prompts; differentiable. Raises: DataError: the task has no classes."""
+        return self._scores(*self._states(sequences, [len(ids) - 1 for ids in sequences]))
+
+    def token_scores(self, sequences: Sequence[Ids], starts: Sequence[int]) -> Tensor:
+        """Scores of every token of the vocabulary at each position from `starts` on, all sequences' one after the other,
+        (tokens, V); differentiable. Raises: DataError: the task's answers are classes."""
+        vocabulary = self._words()
+        hidden, _ = self._states(sequences, [start - 1 for start in starts])
+        rows = zip(hidden, sequences, starts, strict=True)
+        return torch.cat([states[start - 1 : len(ids) - 1] for states, ids, start in rows]) @ vocabulary.T
+
+    def _words(self) -> Tensor:
+        if self._vocabulary is None:
+            raise DataError("this learner has no vocabulary, so it cannot train on answers; the task has classes")
+        return self._vocabulary
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:

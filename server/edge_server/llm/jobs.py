@@ -10,9 +10,10 @@ from typing import Literal
 
 import msgspec
 
+from edge_sdk.adapters import AdapterSpec
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import SettingsError
-from edge_sdk.tasks import Task
+from edge_sdk.tasks import Example, Task
 
 
 class LlmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,6 +83,28 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("tuning's weights must not be negative, and finite")
 
 
+class Mutual(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How LLM and SLM distil each other (FedCoLLM; Fan et al. 2024, equations 4 to 6).
+
+    Args:
+        passes: over the auxiliary set, for each version (R). batch_size: examples in a step.
+        weight: lambda, of the KL divergence from the partner; 0 learns from labels alone.
+        slm_learning_rate, llm_learning_rate: of AdamW, new for each version.
+    """
+
+    passes: int = 1
+    batch_size: int = 8
+    weight: float = 1.0
+    slm_learning_rate: float = 5e-4
+    llm_learning_rate: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.passes <= 10_000 or not 1 <= self.batch_size <= 4096 or not 0 <= self.weight < math.inf:
+            raise SettingsError("mutual.passes must be 1 to 10000, batch_size 1 to 4096, weight not negative, and finite")
+        if not 0 < self.slm_learning_rate <= 1 or not 0 < self.llm_learning_rate <= 1:
+            raise SettingsError("mutual.slm_learning_rate and llm_learning_rate must be in (0, 1]")
+
+
 class Good(msgspec.Struct, frozen=True, array_like=True):
     """A text that shall become likelier after its prompt, with its weight."""
 
@@ -148,7 +171,20 @@ class Foresee(msgspec.Struct, frozen=True, tag="foresee"):
     texts: tuple[str, ...]
 
 
-Job = Write | Tune | Label | Foresee
+class Distil(msgspec.Struct, frozen=True, tag="distil"):
+    """LLM and SLM learn from `examples` and from each other: from the adapter files `llm` ("" for one that changes nothing) and
+    `slm`, and into the files `llm_out` and `slm_out`."""
+
+    llm: str
+    slm: str
+    llm_out: str
+    slm_out: str
+    examples: tuple[Example, ...]
+    how: Mutual
+    seed: int
+
+
+Job = Write | Tune | Label | Foresee | Distil
 
 
 class Texts(msgspec.Struct, frozen=True, tag="texts"):
@@ -173,18 +209,34 @@ class Perplexity(msgspec.Struct, frozen=True, tag="perplexity"):
     value: float
 
 
+class Distilled(msgspec.Struct, frozen=True, tag="distilled"):
+    """Mean losses."""
+
+    slm_loss: float
+    llm_loss: float
+    seconds: float
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The job cannot be done, and would fail again."""
 
     reason: str
 
 
-Outcome = Texts | Tuned | Scores | Perplexity | Failed
+Outcome = Texts | Tuned | Scores | Perplexity | Distilled | Failed
+
+
+class Slm(msgspec.Struct, frozen=True):
+    """The devices' model: a bundle's folder, and the adapter that is trained."""
+
+    folder: str
+    adapter: AdapterSpec
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """The first message to a worker: which model it is."""
+    """The first message to a worker: which models it has."""
 
     path: str
     task: Task
     llm: LlmSettings
+    slm: Slm | None = None

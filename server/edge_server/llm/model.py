@@ -22,7 +22,7 @@ from edge_sdk.adapters import Array, Arrays, mismatch, shapes_of
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
 from edge_sdk.tasks import Task
-from edge_sdk.tokens import Ids, by_length, by_tokens
+from edge_sdk.tokens import Ids, PromptEncoder, by_length, by_tokens
 from edge_sdk.training import base, losses
 from edge_sdk.training.batches import epochs
 from edge_server.llm.jobs import Lessons, LlmSettings, Tuning
@@ -116,6 +116,34 @@ class Llm:
             for layer in self._lora:
                 layer.enable_adapters(True)
 
+    # With a partner ---------------------------------------------------------------------------------------------------
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What learns."""
+        return list(self._parameters.values())
+
+    def frozen(self) -> Frozen:
+        """A cache for the two below."""
+        return Frozen(self._lower)
+
+    def questions(self, texts: Sequence[str]) -> list[Ids]:
+        """Each text in the pattern that asks for its class."""
+        return [self._question(text) for text in texts]
+
+    def class_scores(self, sequences: Sequence[Ids], cache: Frozen) -> Tensor:
+        """Class scores (n, n_classes) of questions; differentiable."""
+        scores: Tensor = torch.stack([states[-1] for states in self._over(cache, sequences)]) @ self._head.T
+        return scores
+
+    def token_scores(self, sequences: Sequence[Ids], starts: Sequence[int], cache: Frozen) -> Tensor:
+        """Scores of every token at each position from `starts` on, all sequences' one after the other, (tokens, V)."""
+        rows = zip(self._over(cache, sequences), sequences, starts, strict=True)
+        return torch.cat([states[start - 1 : len(ids) - 1] for states, ids, start in rows]) @ self._vocabulary.T
+
+    def speaks(self, encoder: PromptEncoder) -> bool:
+        """Whether its tokens are those of this encoder."""
+        return dict(self._tokenizer.get_vocab()) == encoder.tokens()
+
     # Writing ----------------------------------------------------------------------------------------------------------
     def write(self, prompts: Sequence[str], counts: Sequence[int], sampling: Sampling) -> list[list[str]]:
         """`counts[i]` texts after `prompts[i]`, each up to a closing quote, a line break or the end token."""
@@ -128,7 +156,7 @@ class Llm:
     @torch.no_grad()
     def logits(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
         """Class scores (n, n_classes): of the label words after the pattern."""
-        sequences = [self._question(text) for text in texts]
+        sequences = self.questions(texts)
         found = np.zeros((len(texts), len(self._head)), np.float32)
         for batch in by_length(sequences, batch_size):
             states = _run(self._model.model, [sequences[i] for i in batch])
@@ -162,11 +190,12 @@ class Llm:
             DataError: there is nothing to learn from, or the loss is not finite; the adapter stays as it was.
         """
         before = self.get()
-        cache = _Frozen(self._lower)
+        cache = Frozen(self._lower)
         good = [(self._said(x.prompt, x.text), x.weight) for x in lessons.good]
         pairs = [(self._said(x.prompt, x.good), self._said(x.prompt, x.bad)) for x in lessons.pairs]
         pairs = [] if tuning.contrast == "none" else pairs
-        labelled = [(self._question(x.text), torch.tensor(x.probabilities)) for x in lessons.labelled]
+        questions = self.questions([x.text for x in lessons.labelled])
+        told = torch.tensor([x.probabilities for x in lessons.labelled])
         leash = [ids for ids in (self._ids(text, first=True) for text in lessons.leash) if len(ids) > 1]
         started: dict[int, list[float]] = {}  # of pairs, and
         held: dict[int, tuple[Tensor, Tensor]] = {}  # of the leash: what the base makes of them, once they are drawn
@@ -187,8 +216,7 @@ class Llm:
             return torch.stack(found).mean()
 
         def task(some: Sequence[int]) -> Tensor:
-            last = torch.stack([states[-1] for states in self._over(cache, [labelled[i][0] for i in some])])
-            return losses.classes(last @ self._head.T, torch.stack([labelled[i][1] for i in some])).mean()
+            return losses.classes(self.class_scores([questions[i] for i in some], cache), told[list(some)]).mean()
 
         def hold(some: Sequence[int]) -> Tensor:
             remember(held, some, lambda i: self._likeliest(self._over(cache, [leash[i]])[0][:-1]))
@@ -199,7 +227,7 @@ class Llm:
         kinds: list[tuple[float, int, Callable[[Sequence[int]], Tensor]]] = [
             (tuning.generation, len(good), generation),
             (tuning.contrast_weight, len(pairs), contrast),
-            (tuning.task, len(labelled), task),
+            (tuning.task, len(questions), task),
             (tuning.leash, len(leash), hold),
         ]
         if not any(weight and count for weight, count, _ in kinds[:3]):
@@ -221,7 +249,7 @@ class Llm:
             optimizer.step()
         return total / tuning.steps
 
-    def _logprobs(self, cache: _Frozen, rows: Sequence[Said]) -> list[Tensor]:
+    def _logprobs(self, cache: Frozen, rows: Sequence[Said]) -> list[Tensor]:
         """Log-probability of each token of each text, in nats."""
         hidden = self._over(cache, [ids for ids, _ in rows])
         said = torch.cat([states[at - 1 : len(ids) - 1] for states, (ids, at) in zip(hidden, rows, strict=True)])
@@ -234,7 +262,7 @@ class Llm:
         top = logprobs.topk(min(LEASH_TOKENS, logprobs.shape[1]))
         return top.indices, top.values
 
-    def _over(self, cache: _Frozen, sequences: Sequence[Ids]) -> list[Tensor]:
+    def _over(self, cache: Frozen, sequences: Sequence[Ids]) -> list[Tensor]:
         """Final hidden states of each sequence, from what enters the top layers."""
         below = nn.utils.rnn.pad_sequence(cache.states(sequences), batch_first=True)
         out = self._top(inputs_embeds=below, use_cache=False).last_hidden_state
@@ -254,7 +282,7 @@ class Llm:
         return [*self._before, *self._ids(text)[: self._max_tokens], *self._after]
 
 
-class _Frozen:
+class Frozen:
     """What comes out of the frozen layers for each sequence, computed once."""
 
     def __init__(self, lower: Any) -> None:

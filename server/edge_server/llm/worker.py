@@ -8,16 +8,34 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from safetensors.numpy import load_file, save
 
+from edge_sdk import bundle as bundles
 from edge_sdk import files
-from edge_sdk.errors import EdgeError
-from edge_server.llm.jobs import Failed, Foresee, Hello, Job, Label, Outcome, Perplexity, Scores, Texts, Tune, Tuned, Write
+from edge_sdk.engines import open_engine
+from edge_sdk.errors import DataError, EdgeError
+from edge_server.llm.jobs import (
+    Distil,
+    Distilled,
+    Failed,
+    Foresee,
+    Hello,
+    Job,
+    Label,
+    Outcome,
+    Perplexity,
+    Scores,
+    Texts,
+    Tune,
+    Tuned,
+    Write,
+)
 
 if TYPE_CHECKING:
+    from edge_sdk.training.learner import Learner
     from edge_server.llm.model import Llm
 
 
@@ -29,14 +47,11 @@ def main() -> None:
     hello = msgspec.json.decode(next(lines), type=Hello)
     if limit := hello.llm.memory_mb << 20:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    llm: Llm | None = None
+    models: Models | None = None
     for line in lines:
         try:
-            if llm is None:
-                from edge_server.llm.model import Llm
-
-                llm = Llm(Path(hello.path), hello.task, hello.llm)
-            outcome = do(llm, msgspec.json.decode(line, type=Job))
+            models = models or load(hello)
+            outcome = do(models, msgspec.json.decode(line, type=Job))
         except EdgeError as error:
             outcome = Failed(str(error))
         except (MemoryError, RuntimeError) as error:
@@ -54,9 +69,35 @@ def _end_with(server: int) -> None:
     os._exit(1)
 
 
-def do(llm: Llm, job: Job) -> Outcome:
+class Models(NamedTuple):
+    """What a worker has: the LLM, and the devices' model where jobs are about it."""
+
+    llm: Llm
+    slm: Learner | None = None
+    end: int | None = None  # the SLM's end token
+
+
+def load(hello: Hello) -> Models:
+    """Raises: DataError: a model cannot be read."""
+    from edge_server.llm.model import Llm
+
+    llm = Llm(Path(hello.path), hello.task, hello.llm)
+    if hello.slm is None:
+        return Models(llm)
+    from edge_sdk.training.learner import Learner
+
+    folder, task, threads = Path(hello.slm.folder), hello.task, hello.llm.threads
+    bundle = bundles.read(folder)
+    engine = open_engine(folder, bundle, task, threads=threads)
+    learner = Learner.beside(engine, folder, bundle, hello.slm.adapter, task, threads)
+    return Models(llm, learner, next(iter(bundle.end), None))
+
+
+def do(models: Models, job: Job) -> Outcome:
     """One job. Raises: DataError: it cannot be done."""
-    began = time.perf_counter()
+    llm, began = models.llm, time.perf_counter()
+    if isinstance(job, Distil):
+        return _distil(models, job)
     llm.set(load_file(job.adapter) if job.adapter else None)
     match job:
         case Write(prompts=prompts, counts=counts, sampling=sampling):
@@ -72,6 +113,21 @@ def do(llm: Llm, job: Job) -> Outcome:
             return Scores(tuple(tuple(map(float, row)) for row in llm.logits(labelled)))
         case Foresee(texts=foreseen):
             return Perplexity(llm.perplexity(foreseen))
+
+
+def _distil(models: Models, job: Distil) -> Distilled:
+    from edge_server.llm import distil
+
+    llm, slm, began = models.llm, models.slm, time.perf_counter()
+    if slm is None:
+        raise DataError("this worker has no model of the devices")
+    llm.set(load_file(job.llm) if job.llm else llm.start(job.seed))
+    slm.set(load_file(job.slm))
+    pair = distil.partners(slm, llm, job.examples, models.end)
+    slm_loss, llm_loss = distil.distil(*pair, job.how, job.seed)
+    files.write(Path(job.slm_out), save(slm.get()))
+    files.write(Path(job.llm_out), save(llm.get()))
+    return Distilled(slm_loss, llm_loss, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

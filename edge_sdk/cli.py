@@ -9,12 +9,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from edge_sdk import corpus
 from edge_sdk.assets import cache_folder
 from edge_sdk.device import EdgeDevice, Prediction, predictions
 from edge_sdk.eligibility import Policy
@@ -110,32 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(args: argparse.Namespace) -> int:
     store = Store(args.home)
-    print(f"kept {sum(store.add_all(_rows(path)) for path in args.files)} examples in {args.home}")
+    print(f"kept {sum(store.add_all(corpus.rows(path)) for path in args.files)} examples in {args.home}")
     return 0
-
-
-def _rows(path: Path) -> Iterator[tuple[str, str | None, str | None, bool]]:
-    """Raises: DataError: a line that is not such an object, with its number."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                unknown = row.keys() - {"text", "label", "truth", "held_out"}
-                text, label, truth, held_out = row["text"], row.get("label"), row.get("truth"), row.get("held_out", False)
-            except (ValueError, KeyError, AttributeError, RecursionError) as error:
-                raise DataError(f'{path}:{number}: not a JSON object with "text" ({error})') from error
-            if unknown:
-                raise DataError(
-                    f"{path}:{number}: unknown keys {', '.join(sorted(unknown))}; allowed: text, label, truth, held_out"
-                )
-            strings = (label is None or isinstance(label, str)) and (truth is None or isinstance(truth, str))
-            if not isinstance(text, str) or not strings or not isinstance(held_out, bool):
-                raise DataError(f"{path}:{number}: text, label and truth are strings, held_out is true or false")
-            if not text.strip() or (held_out and label is None):
-                raise DataError(f"{path}:{number}: an example needs text, and a held-out one a label")
-            yield text, label, truth, held_out
 
 
 def _status(args: argparse.Namespace) -> int:

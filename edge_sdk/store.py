@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+from edge_sdk import corpus
 from edge_sdk.errors import DataError
 from edge_sdk.files import transaction
 from edge_sdk.protocol import Line, Sample, Withdrawal
-from edge_sdk.tasks import Example, Private, Task
+from edge_sdk.tasks import Private, Task
 
 NAME = "device.sqlite"
 CURSOR = "synthetic"  # the fact that holds how much of the feed of synthetic data this device has
@@ -132,26 +133,7 @@ class Store:
         """
         with self._lock:
             rows = self._db.execute("SELECT text, label, truth, held_out FROM examples ORDER BY id").fetchall()
-        if task.answer_tokens:
-            return Private(
-                labelled=tuple(Example(t, answer=label) for t, label, _, held_out in rows if label is not None and not held_out),
-                unlabelled=tuple(t for t, label, _, held_out in rows if label is None and not held_out),
-                truths=tuple(None for _, label, _, held_out in rows if label is None and not held_out),
-                held_out=tuple(Example(t, answer=label) for t, label, _, held_out in rows if held_out),
-            )
-        labels = task.labels
-        index = {label: i for i, label in enumerate(labels)}
-        unknown = {name for row in rows for name in row[1:3] if name is not None and name not in index}
-        if unknown:  # the label is told, the private text never
-            known = ", ".join(labels)
-            raise DataError(f"label {min(unknown)!r} is not one of this task's: {known}; add its texts again with one of these")
-        training = [(text, label, truth) for text, label, truth, held_out in rows if not held_out]
-        return Private(
-            labelled=tuple(Example(text, index[label]) for text, label, _ in training if label is not None),
-            unlabelled=tuple(text for text, label, _ in training if label is None),
-            truths=tuple(index.get(truth) for _, label, truth in training if label is None),
-            held_out=tuple(Example(text, index[label]) for text, label, _, held_out in rows if held_out),
-        )
+        return corpus.private(rows, task)
 
     def take_lines(self, lines: Iterable[Line]) -> None:
         """Keeps lines of the feed of synthetic data, and drops the samples they withdraw; all or none."""

@@ -660,6 +660,23 @@ async def test_a_withdrawn_sample_stays_withdrawn(tmp_path: Path) -> None:
     assert feed[12:] == [Withdrawal(13, first.id)]
 
 
+async def test_old_sheets_leave_the_feed(tmp_path: Path) -> None:
+    """With one sheet retained, the first one's samples are withdrawn once the second is decided; a restart withdraws none twice."""
+    run = with_llm(retain=1)
+    async with learning(tmp_path, run=run) as ledger:
+        await learn(ledger)
+        await helpers.until(lambda: ledger.state.lines == 18)
+        feed = await ledger.synthetic(0, 100)
+    async with learning(tmp_path, run=run) as again:
+        assert await again.synthetic(0, 100) == feed
+
+    samples = [line for line in feed if isinstance(line, Sample)]
+    gone = [line.id for line in feed if isinstance(line, Withdrawal)]
+    assert gone == [sample.id for sample in samples if sample.version == 0]
+    assert len(gone) == 6
+    assert [line.seq for line in feed] == list(range(1, 19))
+
+
 # Averaged versions after the last sheet -------------------------------------------------------------------------------
 def then_averaged(**federated: Any) -> RunSettings:
     """Two sheets, and then two versions of two updates each; a table [lpfl] that nobody should read."""

@@ -684,6 +684,14 @@ async def test_a_query_that_is_no_number_is_refused(decided: Running, query: str
     assert (await problem(answer)).code == "bad-query"
 
 
+async def test_a_feed_is_of_one_task(decided: Running) -> None:
+    """Who names the task gets its lines; who names another is told which one it is."""
+    other = await decided.client.get("/v1/synthetic?task=weather")
+
+    assert await feed(decided, "?task=default&since=4") == (await feed(decided))[4:]
+    assert (other.status, (await problem(other)).detail) == (404, "this feed is of the task 'default'")
+
+
 async def test_a_page_that_has_not_changed_is_not_sent_again(decided: Running) -> None:
     """304 without a body for the ETag of the same page; another one once the feed has grown."""
     etag = (await decided.client.get("/v1/synthetic")).headers["ETag"]

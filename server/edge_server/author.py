@@ -177,11 +177,7 @@ class Author:
     # Blobs ------------------------------------------------------------------------------------------------------------
     def _file(self, adapter: str) -> str:
         """Where an adapter lies; "" for the base. Raises: DataError: it is missing."""
-        if not adapter:
-            return ""
-        if (path := self.blobs.path(adapter)) is None:
-            raise DataError(f"the LLM's adapter {adapter[:12]} is missing; restore the run's blobs from a backup")
-        return str(path)
+        return str(self.blobs.file(adapter)) if adapter else ""
 
     def _drafts(self, sheet: Sheet) -> list[Draft]:
         return msgspec.json.decode(self.blobs.get(sheet.drafts), type=list[Draft])

@@ -13,13 +13,14 @@ from pathlib import Path
 from aiohttp import web
 
 from edge_sdk import bundle as bundles
-from edge_sdk import files
+from edge_sdk import corpus, files
 from edge_sdk.errors import EdgeError, SettingsError
 from edge_sdk.protocol import Line, Sample, Withdrawal
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import encode, pack_lines
 from edge_server import settings as run_settings
 from edge_server.knowledge.filters import Embed
+from edge_server.llm.jobs import Slm
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _serve(args: argparse.Namespace) -> None:
     from edge_server.app import create_app  # here, so that `status` needs no SQLAlchemy
+    from edge_server.compute import LocalCompute
     from edge_server.ledger import Ledger
 
     if not args.trust_network and not _is_local(args.host):
@@ -78,7 +80,11 @@ async def _serve(args: argparse.Namespace) -> None:
     bundle = bundles.read(args.bundle)
     bundles.verify(args.bundle, bundle.files)
     embed = _embedder(args.bundle, bundle) if settings.system == "crosslm" else None
-    ledger = Ledger(settings, run_settings.manifest(settings, bundle), args.data, _say, embed=embed)
+    manifest, compute, auxiliary = run_settings.manifest(settings, bundle), None, None
+    if settings.system == "fedcollm" and (both := settings.fedcollm):
+        compute = LocalCompute(both.llm, settings.task, Slm(str(args.bundle), manifest.adapter))
+        auxiliary = corpus.private(list(corpus.rows(args.config.parent / both.auxiliary)), settings.task).labelled
+    ledger = Ledger(settings, manifest, args.data, _say, compute, embed, auxiliary=auxiliary or ())
     for name, file in bundle.files.items():
         ledger.blobs.adopt(args.bundle / name, file.sha256)
     runner = web.AppRunner(create_app(ledger), access_log=None, handle_signals=False, shutdown_timeout=5)

@@ -15,7 +15,7 @@ import msgspec
 from edge_sdk.assets import MODELS, Asset, resolve
 from edge_sdk.errors import EdgeError
 from edge_sdk.tasks import Task
-from edge_server.llm.jobs import Failed, Hello, Job, LlmSettings, Outcome
+from edge_server.llm.jobs import Failed, Hello, Job, LlmSettings, Outcome, Slm
 
 MAX_LINE = 1 << 26
 log = logging.getLogger(__name__)
@@ -39,11 +39,11 @@ class LocalCompute:
     """One worker process, started with the first job and again after a crash.
 
     Args:
-        settings: model, limits, tries. task: how the LLM is asked for classes.
+        settings: model, limits, tries. task: how the LLM is asked for classes. slm: the devices' model, where jobs are about it.
     """
 
-    def __init__(self, settings: LlmSettings, task: Task) -> None:
-        self._settings, self._task = settings, task
+    def __init__(self, settings: LlmSettings, task: Task, slm: Slm | None = None) -> None:
+        self._settings, self._task, self._slm = settings, task, slm
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
 
@@ -100,7 +100,7 @@ class LocalCompute:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "edge_server.llm.worker", stdin=pipe, stdout=pipe, limit=MAX_LINE
         )
-        _pipes(self._process)[0].write(msgspec.json.encode(Hello(str(Path(path)), self._task, settings)) + b"\n")
+        _pipes(self._process)[0].write(msgspec.json.encode(Hello(str(Path(path)), self._task, settings, self._slm)) + b"\n")
         return self._process
 
     async def _obituary(self) -> str:

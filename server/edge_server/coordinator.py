@@ -60,11 +60,13 @@ class Evaluated(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ev
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="published"):
-    """Version `version` is the blob `adapter`, made from the `folded` oldest updates of the buffer."""
+    """Version `version` is the blob `adapter`, made from the `folded` oldest updates of the buffer; the LLM that learned beside
+    it has the adapter blob `llm`, "" where there is none."""
 
     version: int
     adapter: str
     folded: int
+    llm: str = ""
 
 
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="kept"):
@@ -184,7 +186,7 @@ class State:
 
     Args:
         sheets: synthetic texts, in the order they were written.
-        tuned: the LLM's adapters, one for each sheet it has learned from.
+        tuned: the LLM's adapters, one for each sheet it has learned from, or for each version made beside it.
         feed: what the feed of synthetic data is made of, in order: a decided sheet's number, or a withdrawn sample's id.
     """
 
@@ -259,8 +261,9 @@ def apply(state: State, event: Event) -> State:
             return replace(state, tuned=(*state.tuned, adapter))
         case Withdrawn(sample):
             return replace(state, feed=(*state.feed, sample))
-        case Published(version, adapter, folded):
-            return replace(state, version=version, adapters=(*state.adapters, adapter), buffer=state.buffer[folded:])
+        case Published(version, adapter, folded, llm):
+            tuned = (*state.tuned, llm) if llm else state.tuned
+            return replace(state, version=version, adapters=(*state.adapters, adapter), buffer=state.buffer[folded:], tuned=tuned)
 
 
 def enroll(state: State, device: str, name: str) -> Enrolled | None:

@@ -81,7 +81,7 @@ async def blob(request: web.Request) -> web.StreamResponse:
 @routes.get("/v1/synthetic")
 async def synthetic(request: web.Request) -> web.Response:
     since, limit = _number(request, "since", 0, 1 << 40), _number(request, "limit", PAGE, PAGE)
-    body = pack_lines(await request.app[LEDGER].synthetic(since, limit))
+    body = pack_lines(await request.app[LEDGER].synthetic(since, limit, request.query.get("task")))
     etag = hashlib.sha256(body).hexdigest()
     headers = {"ETag": f'"{etag}"', "Content-Type": LINES_TYPE}
     if any(known.value == etag for known in request.if_none_match or ()):

@@ -24,16 +24,18 @@ from edge_sdk import files, wire
 from edge_sdk.adapters import Array, write_peft
 from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.protocol import PROTOCOL, Evaluation, Line, Manifest, Receipt, Status, Trained, Work
+from edge_sdk.tasks import Example
 from edge_server import coordinator
 from edge_server.aggregation import Contribution
 from edge_server.author import Author
 from edge_server.compute import Compute, LocalCompute
-from edge_server.coordinator import Buffered, Decided, Event, Published, State, Tuned, Written
+from edge_server.coordinator import Buffered, Decided, Event, Published, State, Tuned, Withdrawn, Written
+from edge_server.distiller import Distiller
 from edge_server.endpoint import Endpoint
 from edge_server.knowledge.filters import Embed
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
-from edge_server.systems import crosslm, lpfl
+from edge_server.systems import crosslm, fedcollm, lpfl
 from edge_server.systems.lpfl import LpFl
 
 RETRY_SECONDS = 60.0
@@ -49,7 +51,8 @@ class Ledger:
         manifest: what devices are told.
         data: folder for the event log, blobs and versions.
         say: told one line per version.
-        compute: where the LLM runs, for a system that has one; a process of its own by default.
+        compute: where the LLM runs, for a system that has one; CrossLM's is a process of its own by default.
+        auxiliary: the server's own labelled texts, for FedCoLLM.
         embed: finds near duplicates among synthetic texts; None compares words.
         now: seconds since the epoch.
 
@@ -66,6 +69,7 @@ class Ledger:
         compute: Compute | None = None,
         embed: Embed | None = None,
         now: Callable[[], float] = time.time,
+        auxiliary: tuple[Example, ...] = (),
     ) -> None:
         self._open = contextlib.ExitStack()
         self._open.enter_context(files.held(data, "edge-server"))
@@ -89,15 +93,17 @@ class Ledger:
             compute = compute or LocalCompute(llm.llm, settings.task)
             writer = Endpoint(llm.llm) if llm.llm.endpoint else None
             self._author = Author(llm, settings.task, self.blobs, compute, embed, now, writer)
+        self._distiller: Distiller | None = None
+        if (both := settings.fedcollm) is not None and settings.system == "fedcollm":
+            if compute is None or not auxiliary:
+                raise SettingsError("fedcollm needs a process for its models, and labelled texts in the file fedcollm.auxiliary")
+            self._distiller = Distiller(both, auxiliary, self.blobs, compute)
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
         """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it."""
         if self.state.version < 0:
-            author = self._author
-            first = lpfl.start(self._settings.lpfl, self.manifest.adapter)
-            if author is not None:
-                first = crosslm.start(author.settings, self.manifest.adapter)
+            first = self._start()
             await asyncio.to_thread(self._publish_files, 0, first)
             blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(0))
             async with self._lock:
@@ -107,10 +113,19 @@ class Ledger:
         self._full.set()
         self._news.set()
 
+    def _start(self) -> dict[str, Array]:
+        spec = self.manifest.adapter
+        if self._author is not None:
+            return crosslm.start(self._author.settings, spec)
+        if self._distiller is not None:
+            return fedcollm.start(self._distiller.settings, spec)
+        return lpfl.start(self._settings.lpfl, spec)
+
     async def rest(self) -> None:
         """Ends the LLM's process, where there is one."""
-        if self._author is not None:
-            await self._author.compute.close()
+        for part in (self._author, self._distiller):
+            if part is not None:
+                await part.compute.close()
 
     def close(self) -> None:
         self._open.close()
@@ -125,6 +140,8 @@ class Ledger:
         known = coordinator.known_device(self.state, device)
         if self._author is not None:
             return crosslm.plan(self._author.settings, self.state, known, can_train)
+        if self._distiller is not None:
+            return fedcollm.plan(self._distiller.settings, self.state, known, can_train)
         return lpfl.plan(self._settings.lpfl, self.state, known, can_train)
 
     async def take_update(self, incoming: Path, sha256: str) -> Receipt:
@@ -183,9 +200,15 @@ class Ledger:
         self._news.set()
         return self.state.receipts[id]
 
-    async def synthetic(self, since: int, limit: int) -> list[Line]:
-        """At most `limit` lines of the feed after line `since`. Raises: WireError: this run has no feed."""
+    async def synthetic(self, since: int, limit: int, task: str | None = None) -> list[Line]:
+        """At most `limit` lines of the feed after line `since`.
+
+        Raises:
+            WireError: `wrong-system`: this run has no feed; `unknown-task`: it is one of another task.
+        """
         author, state = self._writer, self.state
+        if task not in (None, own := author.settings.task):
+            raise WireError("unknown-task", f"this feed is of the task {own!r}", 404)
         if len(self._feed) < state.lines:
             self._feed = await asyncio.to_thread(author.lines, state, self._feed)
         return self._feed[since : since + limit]
@@ -240,7 +263,11 @@ class Ledger:
         return True
 
     def _batch(self, how: LpFl) -> tuple[Buffered, ...]:
-        return lpfl.due(how, self.state) if self._author is None else crosslm.averaged(self._author.settings, self.state)
+        if self._author is not None:
+            return crosslm.averaged(self._author.settings, self.state)
+        if self._distiller is not None:
+            return fedcollm.due(self._distiller.settings, self.state)
+        return lpfl.due(how, self.state)
 
     @property
     def trouble(self) -> str:
@@ -255,6 +282,11 @@ class Ledger:
 
     async def _llm_step(self, author: Author) -> bool:
         """Does what the LLM or its sheets need next; whether there was anything."""
+        if old := crosslm.expired(author.settings, self.state, await self.synthetic(0, self.state.lines)):
+            async with self._lock:
+                for sample in old:
+                    await self._record(Withdrawn(sample))
+            self._say(f"{len(old)} texts of sheets before the last {author.settings.retain} withdrawn (crosslm.retain)")
         if (step := crosslm.due(author.settings, self.state, self._now())) is None:
             return False
         event = await author.carry_out(step, self.state)
@@ -271,17 +303,23 @@ class Ledger:
         return True
 
     async def _make_version(self, batch: tuple[Buffered, ...], how: LpFl) -> None:
-        version = self.state.version + 1
-        await asyncio.to_thread(self._aggregate, version, self.state.adapter, batch, how)
+        version, llm, learned = self.state.version + 1, "", ""
+        adapter = await asyncio.to_thread(self._averaged, self.state.adapter, batch, how)
+        if self._distiller is not None:
+            adapter, llm, how_well = await self._distiller.distil(adapter, self.state)
+            learned = f"; distilled in {how_well.seconds:.0f} s, losses {how_well.slm_loss:.3f} and {how_well.llm_loss:.3f} (LLM)"
+        await asyncio.to_thread(self._publish_files, version, adapter)
         blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
         async with self._lock:
-            await self._record(Published(version, blob, len(batch)))
+            await self._record(Published(version, blob, len(batch), llm))
         staleness = ", ".join(str(b.staleness) for b in batch)
-        self._say(f"version {version} from {len(batch)} updates (staleness {staleness})")
+        self._say(f"version {version} from {len(batch)} updates (staleness {staleness}){learned}")
 
     def status(self) -> Status:
         if self._author is not None:
             done = crosslm.finished(self._author.settings, self.state)
+        elif self._distiller is not None:
+            done = fedcollm.finished(self._distiller.settings, self.state)
         else:
             done = lpfl.finished(self._settings.lpfl, self.state)
         return coordinator.status(self.state, self._settings.system, done)
@@ -299,10 +337,9 @@ class Ledger:
         await asyncio.to_thread(self._log.append, msgspec.json.encode(event))
         self.state = coordinator.apply(self.state, event)
 
-    def _aggregate(self, version: int, adapter: str, batch: tuple[Buffered, ...], how: LpFl) -> None:
-        current = self._adapter_of(adapter)
+    def _averaged(self, adapter: str, batch: tuple[Buffered, ...], how: LpFl) -> dict[str, Array]:
         buffer = (self._contribution(waiting) for waiting in batch)
-        self._publish_files(version, lpfl.step(how, self.manifest.adapter, current, buffer))
+        return lpfl.step(how, self.manifest.adapter, self._adapter_of(adapter), buffer)
 
     def _contribution(self, waiting: Buffered) -> Contribution:
         delta = wire.unpack(self.blobs.get(waiting.blob), self._update_shapes)[1]

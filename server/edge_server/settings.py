@@ -14,7 +14,9 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import EdgeError, SettingsError
 from edge_sdk.protocol import PROTOCOL, Manifest
 from edge_sdk.tasks import Task
+from edge_server.systems import fedcollm
 from edge_server.systems.crosslm import CrossLm
+from edge_server.systems.fedcollm import FedCoLlm
 from edge_server.systems.lpfl import LpFl
 
 
@@ -49,10 +51,11 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file: which system, which task, which adapter."""
 
     task: Task
-    system: Literal["lpfl", "crosslm"] = "lpfl"
+    system: Literal["lpfl", "crosslm", "fedcollm"] = "lpfl"
     adapter: AdapterSettings = AdapterSettings()
     lpfl: LpFl = LpFl()
     crosslm: CrossLm | None = None
+    fedcollm: FedCoLlm | None = None
 
     def __post_init__(self) -> None:
         if self.system == "crosslm":
@@ -60,6 +63,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise SettingsError('system = "crosslm" needs a table [crosslm] with at least its prompts')
             if len(self.crosslm.names) not in (0, len(self.task.labels)) or not self.task.labels:
                 raise SettingsError("crosslm needs a task with labels, and crosslm.names one name for each, or none")
+        if self.system == "fedcollm" and self.fedcollm is None:
+            raise SettingsError('system = "fedcollm" needs a table [fedcollm] with at least `auxiliary`')
         if (averaged := self.averaged) is None:
             return
         if self.adapter.freeze_a and averaged.average == "products":
@@ -74,6 +79,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How what devices send becomes a version; None in a run where they keep it."""
         if self.system == "crosslm":
             return self.crosslm.federated if self.crosslm is not None else None
+        if self.system == "fedcollm" and self.fedcollm is not None:
+            return fedcollm.averaging(self.fedcollm)
         return self.lpfl
 
 

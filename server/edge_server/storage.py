@@ -104,6 +104,12 @@ class Blobs:
         path = self._folder / sha256
         return path if _SHA256.fullmatch(sha256) and path.is_file() else None
 
+    def file(self, sha256: str) -> Path:
+        """Where a blob lies. Raises: DataError: it is missing."""
+        if (path := self.path(sha256)) is None:
+            raise DataError(f"blob {sha256[:12]} is missing; restore {self._folder} from a backup")
+        return path
+
     def get(self, sha256: str) -> bytes:
         """Raises: DataError: the blob is missing or damaged."""
         path = self.path(sha256)

@@ -23,7 +23,7 @@ import numpy as np
 from edge_sdk.adapters import AdapterSpec, Array
 from edge_sdk.errors import SettingsError
 from edge_sdk.judgments import Form
-from edge_sdk.protocol import Finished, Mix, Predict, Sample, Text, Train, Wait, Work
+from edge_sdk.protocol import Finished, Line, Mix, Predict, Sample, Text, Train, Wait, Work
 from edge_sdk.training.batches import Training
 from edge_server.coordinator import Buffered, Device, State
 from edge_server.knowledge.filters import Filter
@@ -48,6 +48,8 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quality: how sure the judges must be of a text to accept it.
         tuning: how the LLM learns from a sheet. llm: which it is.
         leash: texts the base itself writes once, to hold the LLM to what it was.
+        task: what the feed of synthetic data calls this task; whoever asks for another gets none.
+        retain: newest decided sheets whose texts stay in the feed, older ones are withdrawn; 0 for all.
         alone: the device's steps on its labels alone. training: with synthetic texts beside them.
         weight, batch_size, label_temperature: of synthetic texts in these; a temperature below 1 sharpens their soft labels.
         federated: after the last sheet devices average what they learn from labels and feed (LP-FL, systems/lpfl.py); its
@@ -71,6 +73,8 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tuning: Tuning = Tuning()
     llm: LlmSettings = LlmSettings()
     leash: int = 40
+    task: str = "default"
+    retain: int = 0
     alone: Training = Training(steps=32, batch_size=8, learning_rate=5e-4, dropout=0.2)
     training: Training = Training(steps=24, batch_size=8, learning_rate=1e-3, dropout=0.2)
     weight: float = 1.0
@@ -89,6 +93,8 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("crosslm.temperature must be positive, top_p in (0, 1], max_tokens 1 to 1000")
         if not 0 < self.quality <= 1 or not 0 <= self.weight < math.inf or not 1 <= self.batch_size <= 4096:
             raise SettingsError("crosslm.quality must be in (0, 1], weight not negative, batch_size 1 to 4096")
+        if self.retain < 0 or not self.task:
+            raise SettingsError("crosslm.retain must not be negative, and crosslm.task not empty")
         if not 0 < self.label_temperature < math.inf:
             raise SettingsError("crosslm.label_temperature must be positive and finite")
         if not 0 < self.wait_seconds < math.inf or not 0 < self.deadline_seconds < math.inf:
@@ -171,6 +177,13 @@ def finished(settings: CrossLm, state: State) -> bool:
         there = {id: d for id, d in state.devices.items() if max(d.trained, d.judged, d.evaluated) >= 0}
         return done and lpfl.finished(then, replace(state, devices=there))
     return done and all(d.trained >= settings.versions or d.trained < 0 for d in state.devices.values())
+
+
+def expired(settings: CrossLm, state: State, feed: Sequence[Line]) -> list[str]:
+    """Samples of the feed that are older than is retained, and not withdrawn yet."""
+    decided = sum(bool(sheet.judged) for sheet in state.sheets)
+    first = decided - settings.retain if settings.retain else 0
+    return [line.id for line in feed if isinstance(line, Sample) and line.version < first and line.id not in state.feed]
 
 
 def _afterwards(settings: CrossLm) -> LpFl | None:

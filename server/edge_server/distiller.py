@@ -1,0 +1,65 @@
+"""Lets LLM and SLM distil each other on the server's own texts, once for each version (FedCoLLM)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk import wire
+from edge_sdk.adapters import Array, Arrays
+from edge_sdk.errors import DataError
+from edge_sdk.tasks import Example
+from edge_server.compute import Compute
+from edge_server.coordinator import State
+from edge_server.llm.jobs import Distil, Distilled
+from edge_server.storage import Blobs
+from edge_server.systems.fedcollm import FedCoLlm
+
+
+@dataclass(frozen=True)
+class Distiller:
+    """The server's side of a run.
+
+    Args:
+        examples: its own labelled texts. blobs: where the LLM's adapters lie. compute: where the models are.
+    """
+
+    settings: FedCoLlm
+    examples: tuple[Example, ...]
+    blobs: Blobs
+    compute: Compute
+
+    async def distil(self, averaged: Arrays, state: State) -> tuple[dict[str, Array], str, Distilled]:
+        """The SLM's adapter after learning from the LLM, the blob of the LLM's, and how it went.
+
+        Raises:
+            JobFailed, DataError, OSError: it cannot be done now.
+        """
+        slm, slm_out, llm_out = (self.blobs.incoming() for _ in range(3))
+        try:
+            await asyncio.to_thread(slm.write_bytes, wire.pack_adapter(averaged))
+            job = Distil(
+                str(self.blobs.file(state.tuned[-1])) if state.tuned else "",
+                str(slm),
+                str(llm_out),
+                str(slm_out),
+                self.examples,
+                self.settings.mutual,
+                self.settings.averaging.seed + state.version + 1,
+            )
+            outcome = await self.compute.run(job)
+            if not isinstance(outcome, Distilled):
+                raise DataError(f"the LLM's process answered {type(outcome).__name__}")
+            shapes = {name: array.shape for name, array in averaged.items()}
+            learned = wire.unpack_adapter(await asyncio.to_thread(slm_out.read_bytes), shapes)
+            return learned, await asyncio.to_thread(self._keep, llm_out), outcome
+        finally:
+            for path in (slm, slm_out, llm_out):
+                path.unlink(missing_ok=True)
+
+    def _keep(self, path: Path) -> str:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # some MB
+        self.blobs.keep(path, sha256)
+        return sha256

@@ -12,6 +12,8 @@ from bench.report import show
 BENCHES = {
     "lpfl": "LP-FL against its baselines",
     "crosslm": "mutual learning with the LLM against its baselines and without its parts",
+    "fedcollm": "LLM and SLM distil each other, against every control",
+    "secure": "secure averaging against plain averaging: server CPU, bytes, error",
     "lpfl_settings": "how LP-FL's settings were chosen, on validation text",
     "training": "split training against PEFT and the Trainer: seconds, memory, disk, accuracy",
     "training_settings": "how the rates of training were chosen, on validation text",

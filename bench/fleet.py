@@ -6,7 +6,7 @@ other. Baselines differ from LP-FL in one argument each, on the same text, steps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Part = Literal["test", "validation"]
 Split = Literal["iid", "by-domain"]
+After = Callable[[int, Arrays], Arrays]  # a version's number and its mean -> what it becomes
 CONFIGS = Path(__file__).parent.parent / "examples"
 
 
@@ -44,6 +45,18 @@ def bundle_of(slm: str, variants: tuple[str, ...] = ("int8", "fp32")) -> Path:
         from edge_export.bundle import Recipe, make
 
         make(MODELS[slm], folder, Recipe(variants))
+    return folder
+
+
+def small_bundle(layers: int = 12) -> Path:
+    """SmolLM2 with fewer layers, taught on validation texts without their labels: no device's text, and none of the test's."""
+    folder = cache_folder() / "exports" / f"smollm2-{layers}-{bundles.SCHEMA}"
+    if not (folder / bundles.NAME).exists():
+        from edge_export import shrink
+        from edge_export.bundle import Recipe
+
+        texts = [example.text for domain in domains().values() for example in domain.validation]
+        shrink.make(MODELS["smollm2"], folder, shrink.Shrinking(layers), texts, Recipe(("int8", "fp32")))
     return folder
 
 
@@ -93,8 +106,11 @@ class TorchEngine:
 @cache
 def lab(slm: str, threads: int = 1, layers: int = 0) -> Lab:
     """Loads a model once in a process; only the top `layers` learn, all for 0."""
-    settings = run_settings.load(CONFIGS / f"{slm}.toml")
-    folder = bundle_of(slm)
+    return open_lab(bundle_of(slm), run_settings.load(CONFIGS / f"{slm}.toml"), threads, layers)
+
+
+def open_lab(folder: Path, settings: run_settings.RunSettings, threads: int = 1, layers: int = 0) -> Lab:
+    """A bundle in the run that `settings` describes; only the top `layers` learn, all for 0."""
     bundle = bundles.read(folder)
     manifest = run_settings.manifest(settings, bundle)
     engine = open_engine(folder, bundle, settings.task, "fp32", threads)
@@ -147,8 +163,13 @@ def federate(
     trainer: verbs.Fits,
     synthetic: Sequence[Sample] = (),
     mix: Mix | None = None,
+    after: After = lambda _, adapter: adapter,
 ) -> Arrays:
-    """Synchronous rounds of a whole fleet; with one device, training alone."""
+    """Synchronous rounds of a whole fleet; with one device, training alone.
+
+    Args:
+        after: what the server makes of each version's mean.
+    """
     adapter = start
     for version in range(settings.versions):
         seed = settings.seed + 1 + version
@@ -159,7 +180,7 @@ def federate(
             )
             learned = prepared.learned(*trainer.fit(prepared.job))
             buffer.append(Contribution(learned.delta, learned.num_examples, 0, adapter))
-        adapter = lpfl.step(settings, spec, adapter, buffer)
+        adapter = after(version, lpfl.step(settings, spec, adapter, buffer))
     return adapter
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_sdk import files, judgments, verbs, wire
 from edge_sdk.adapters import AdapterSpec, Arrays, add
@@ -169,6 +170,10 @@ async def skill(llm: Compute, adapter: str, examples: Sequence[Example]) -> tupl
     What the second gains over the first, calibration alone can give.
     """
     outcome = await llm.run(Label(adapter, tuple(e.text for e in examples)))
-    scores = np.array(outcome.scores if isinstance(outcome, Scores) else ())
-    labels, margin = np.array([e.label for e in examples]), scores[:, 1] - scores[:, 0]
+    return both_ways(np.array(outcome.scores if isinstance(outcome, Scores) else ()), [e.label for e in examples])
+
+
+def both_ways(scores: NDArray[np.float32], known: Sequence[int | None]) -> tuple[float, float]:
+    """Accuracy of scores (n, 2), plain and balanced; see `skill`."""
+    labels, margin = np.array(known), scores[:, 1] - scores[:, 0]
     return float(((margin > 0) == labels).mean()), float(((margin > np.median(margin)) == labels).mean())

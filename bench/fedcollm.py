@@ -1,0 +1,282 @@
+"""FedCoLLM and its controls on the ICWSM-14 domains: what do devices gain from the server's LLM, and the LLM from them?
+
+Four devices, one domain each; the server has labelled texts of all four, as many as a device. Their model is SmolLM2 with 12 of
+30 layers (`edge-export shrink`), the LLM SmolLM2-135M-Instruct. Settings come from validation text, accuracy from test text.
+
+    zero_shot         both models as they are
+    standalone        each device trains on its own labels, as many steps as in all versions
+    fedavg            devices' adapters are averaged
+    fedavg_server_ce  and the server trains each average on its own labels, as many steps as the methods below
+    lambda0           FedCoLLM with lambda = 0: nobody teaches anybody. Its LLM has learned from the server's labels alone
+    fedcollm          LLM and SLM distil each other on the server's labels
+    centralized       the LLM on all labels in one place, devices' and server's, as many passes
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from bench import fleet, mutual, secure
+from bench.report import Result, run_cells, spread
+from edge_sdk import bundle as bundles
+from edge_sdk import wire
+from edge_sdk.adapters import Arrays
+from edge_sdk.assets import MODELS, resolve
+from edge_sdk.tasks import Example, Private
+from edge_sdk.training.batches import Job, Label, Row, Source, Training
+from edge_server import settings as run_settings
+from edge_server.llm.jobs import Distil, Labelled, Lessons, Mutual, Tuning
+from edge_server.llm.worker import Models, do
+from edge_server.systems import fedcollm
+from edge_server.systems.fedcollm import FedCoLlm
+
+SLM = ("zero_shot", "standalone", "fedavg", "fedavg_server_ce", "lambda0", "fedcollm")
+LLM = ("zero_shot", "auxiliary_only", "centralized", "fedcollm")
+METHODS = (*SLM, "centralized")
+LLM_ROWS = {"auxiliary_only": "lambda0"}  # an LLM that nobody teaches has the server's labels alone
+LABELS, HELD_OUT = 32, 120  # of a device
+
+
+class Cell(NamedTuple):
+    """One method with one seed. `change`: settings to try, by name (bench/fedcollm_settings.py)."""
+
+    seed: int
+    method: str
+    part: fleet.Part = "test"
+    change: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a cell works with."""
+
+    lab: fleet.Lab
+    settings: FedCoLlm
+    devices: Sequence[Private]
+    auxiliary: tuple[Example, ...]
+    models: Models
+    folder: Path
+
+    @property
+    def steps(self) -> int:
+        """Of the server, for a version."""
+        return self.settings.mutual.passes * -(-len(self.auxiliary) // self.settings.mutual.batch_size)
+
+
+def run_file() -> run_settings.RunSettings:
+    return run_settings.load(fleet.CONFIGS / "fedcollm.toml")
+
+
+def settings_of(cell: Cell) -> FedCoLlm:
+    """The settings of examples/fedcollm.toml, the LLM on one core."""
+    if (settings := run_file().fedcollm) is None:
+        raise ValueError("examples/fedcollm.toml has no table [fedcollm]")
+    parts = {"mutual": settings.mutual, "training": settings.averaging.training, "averaging": settings.averaging}
+    for name, value in cell.change:
+        part, _, key = name.partition(".")
+        parts[part] = msgspec.structs.replace(parts[part], **{key: type(getattr(parts[part], key))(value)})
+    averaging = msgspec.structs.replace(parts["averaging"], training=parts["training"], seed=cell.seed, soft=None)
+    llm = msgspec.structs.replace(settings.llm, threads=1)
+    return msgspec.structs.replace(settings, averaging=averaging, mutual=parts["mutual"], llm=llm)
+
+
+@cache
+def models() -> tuple[fleet.Lab, Models]:
+    """The devices' model and the LLM, loaded once in a process."""
+    from edge_server.llm.model import Llm
+
+    run = run_file()
+    lab = fleet.open_lab(fleet.small_bundle(), run)
+    llm = Llm(resolve(MODELS["smollm2"]), run.task, settings_of(Cell(0, "")).llm)
+    return lab, Models(llm, lab.lora, next(iter(bundles.read(lab.folder).end), None))
+
+
+def measure(cell: Cell) -> list[dict[str, Any]]:
+    """Trains one cell and measures devices' model and LLM; runs in a worker process."""
+    lab, both = models()
+    devices = fleet.devices("by-domain", LABELS, LABELS // 4, HELD_OUT, cell.part, cell.seed)
+    auxiliary = [e for private in devices for e in map(Example, private.unlabelled, private.truths)]
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(lab, settings_of(cell), devices, tuple(auxiliary), both, Path(folder))
+        slm, llm = _train(place, cell.method)
+    seconds = round(time.perf_counter() - began, 1)
+    row = {"seed": cell.seed, "method": cell.method, "change": dict(cell.change), "seconds": seconds}
+    return [
+        *({**row, "model": "slm", **_slm(place, slm)} for _ in (0,) if slm),
+        *({**row, "model": "llm", **_llm(place, adapter)} for adapter in (llm,) if adapter is not None),
+    ]
+
+
+def _train(place: Place, method: str) -> tuple[Sequence[Arrays], Arrays | None]:
+    """Devices' adapters, one each, and the LLM's; none where the method has none."""
+    lab, how, llm = place.lab, fedcollm.averaging(place.settings), place.models.llm
+    start = lab.spec.start(how.seed)
+    many = len(place.devices)
+    match method:
+        case "zero_shot":
+            return [start] * many, llm.start(how.seed)
+        case "standalone":
+            return [fleet.federate([d], start, lab.spec, how, lab.engine, lab.lora) for d in place.devices], None
+        case "fedavg":
+            return [fleet.federate(place.devices, start, lab.spec, how, lab.engine, lab.lora)] * many, None
+        case "fedavg_server_ce":
+            return [
+                fleet.federate(place.devices, start, lab.spec, how, lab.engine, lab.lora, after=_server_ce(place))
+            ] * many, None
+        case "lambda0" | "fedcollm":
+            weight = place.settings.mutual.weight if method == "fedcollm" else 0.0
+            distil = _distil(place, msgspec.structs.replace(place.settings.mutual, weight=weight))
+            adapter = fleet.federate(place.devices, start, lab.spec, how, lab.engine, lab.lora, after=distil)
+            return [adapter] * many, llm.get()
+        case "centralized":
+            return (), _centralized(place)
+    raise ValueError(f"no method {method}")
+
+
+def _server_ce(place: Place) -> fleet.After:
+    """The server's labels, learned by the averaged adapter; no LLM."""
+    how, encoder = place.settings.mutual, place.lab.engine.encoder
+    prompts = encoder.prompts([e.text for e in place.auxiliary])
+    rows = [Row(ids, Label(e.label)) for ids, e in zip(prompts, place.auxiliary, strict=True) if e.label is not None]
+    training = Training(place.steps, how.batch_size, how.slm_learning_rate, dropout=0.0)
+
+    def after(version: int, adapter: Arrays) -> Arrays:
+        job = Job(adapter, [Source(rows, how.batch_size)], training, place.settings.averaging.seed + version + 1)
+        return place.lab.lora.fit(job)[0]
+
+    return after
+
+
+def _distil(place: Place, how: Mutual) -> fleet.After:
+    """The server's own job, on files as the server does it."""
+    slm, slm_out, llm_out = (place.folder / name for name in ("slm", "slm-out", "llm-out"))
+
+    def after(version: int, adapter: Arrays) -> Arrays:
+        slm.write_bytes(wire.pack_adapter(adapter))
+        known = str(llm_out) if version else ""
+        seed = place.settings.averaging.seed + version + 1
+        do(place.models, Distil(known, str(slm), str(llm_out), str(slm_out), place.auxiliary, how, seed))
+        return dict(load_file(slm_out))
+
+    return after
+
+
+def _centralized(place: Place) -> Arrays:
+    """The LLM on all labels there are."""
+    settings, llm = place.settings, place.models.llm
+    pooled = [*place.auxiliary, *(e for private in place.devices for e in private.labelled)]
+    labelled = tuple(Labelled(e.text, (float(e.label == 0), float(e.label == 1))) for e in pooled)
+    how, rate = settings.mutual, settings.mutual.llm_learning_rate
+    steps = settings.averaging.versions * how.passes * -(-len(pooled) // how.batch_size)
+    llm.set(llm.start(settings.averaging.seed + 1))
+    llm.tune(Lessons(labelled=labelled), Tuning(steps, how.batch_size, rate, generation=0.0, leash=0.0), settings.averaging.seed)
+    return llm.get()
+
+
+def _slm(place: Place, own: Sequence[Arrays]) -> dict[str, Any]:
+    spec, engine = place.lab.spec, place.lab.engine
+    found = [fleet.accuracies(a, spec, [d], engine)[0] for a, d in zip(own, place.devices, strict=True)]
+    return {"accuracy": statistics.fmean(found), "per_device": found}
+
+
+def _llm(place: Place, adapter: Arrays) -> dict[str, Any]:
+    llm, known = place.models.llm, [e for private in place.devices for e in private.held_out]
+    llm.set(adapter)
+    scores = llm.logits([e.text for e in known])
+    raw, balanced = mutual.both_ways(scores, [e.label for e in known])
+    return {"accuracy": raw, "balanced": balanced}
+
+
+# The bench ------------------------------------------------------------------------------------------------------------
+def run(full: bool) -> Result:
+    """Two seeds; `full`: five."""
+    rows = run_all([Cell(seed, method) for seed in range(5 if full else 2) for method in METHODS])
+    return Result("fedcollm", rows, summary(rows), _table(rows), _targets(rows))
+
+
+def run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Measures all cells: one list of rows."""
+    fleet.small_bundle()  # made once, before the workers need it
+    found = run_cells(measure, cells, lambda cell, _: f"seed {cell.seed}, {cell.method}, {dict(cell.change)}")
+    return [row for rows in found for row in rows]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds."""
+    lab, _ = models()
+    sent = sum(int(np.prod(shape)) for shape in lab.spec.update_shapes().values())
+    return {
+        "slm": {method: _spread(rows, "slm", method) for method in SLM},
+        "llm": {name: _spread(rows, "llm", LLM_ROWS.get(name, name)) for name in LLM},
+        "llm_balanced": {name: _spread(rows, "llm", LLM_ROWS.get(name, name), "balanced") for name in LLM},
+        "upload_fraction": sent / lab.parameters,
+        "secure_mean_max_error": secure.error(lab.spec),
+    }
+
+
+def _spread(rows: Sequence[dict[str, Any]], model: str, method: str, key: str = "accuracy") -> dict[str, float]:
+    return spread([r[key] for r in rows if (r["model"], r["method"]) == (model, method)])
+
+
+def _gain(rows: Sequence[dict[str, Any]], model: str, method: str, base: str) -> dict[str, float]:
+    """Of one method over another, seed by seed."""
+    of = {(r["seed"], r["method"]): r["accuracy"] for r in rows if r["model"] == model}
+    return spread([of[seed, method] - of[seed, base] for seed in sorted({seed for seed, _ in of})])
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="accuracy on test text, mean over devices ± spread over seeds")
+    for head in ("method", "SLM", "LLM", "LLM, balanced"):
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for method in METHODS:
+        told = [
+            _spread(rows, model, method, key) if any((r["model"], r["method"]) == (model, method) for r in rows) else None
+            for model, key in (("slm", "accuracy"), ("llm", "accuracy"), ("llm", "balanced"))
+        ]
+        table.add_row(method.replace("_", " "), *(f"{x['mean']:.3f} ±{x['std']:.3f}" if x else "" for x in told))
+    return table
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/systems/fedcollm.md; a test holds the two together."""
+    lines = ["| method | SLM | LLM |", "| --- | --- | --- |"]
+    for method in METHODS:
+        cells = []
+        for model in ("slm", "llm"):
+            there = any((r["model"], r["method"]) == (model, method) for r in rows)
+            cells.append("{mean:.3f} ± {std:.3f}".format(**_spread(rows, model, method)) if there else "")
+        lines.append(f"| {method.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is promised, and by how much it is kept or missed; differences are within a seed."""
+    lines = []
+    for base, target in (("fedavg_server_ce", 0.01), ("fedavg", 0.013), ("standalone", 0.013)):
+        gain = _gain(rows, "slm", "fedcollm", base)
+        kept = "kept" if gain["mean"] >= target else "MISSED"
+        lines.append(f"SLM: fedcollm - {base} = {gain['mean']:+.4f} ±{gain['std']:.4f}, target >= {target:+.3f}: {kept}")
+    found = summary(rows)
+    share = found["llm"]["fedcollm"]["mean"] / found["llm"]["centralized"]["mean"]
+    sent, error = found["upload_fraction"], found["secure_mean_max_error"]
+    for text, value, good in (
+        ("LLM: fedcollm / centralized (target >= 0.97)", share, share >= 0.97),
+        ("share of the SLM's weights that a device sends (target <= 0.0035)", sent, sent <= 0.0035),
+        ("largest error of a secure mean (target <= 1e-4)", error, error <= 1e-4),
+    ):
+        lines.append(f"{text} = {value:.4g}: {'kept' if good else 'MISSED'}")
+    gain = _gain(rows, "llm", "fedcollm", "lambda0")
+    return [*lines, f"LLM: fedcollm - the server's labels alone = {gain['mean']:+.4f} ±{gain['std']:.4f}"]

@@ -145,7 +145,10 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
         measured = [replace(p, held_out=p.held_out[skip:]) for p in held]
         embed = lab.engine.embed if cell.slm == "minilm" else None  # as the server: a decoder's states do not say what is alike
         place = Place(lab, task, settings, devices, measured, here, Path(folder), embed, foreign(cell.part))
-        return [{"slm": cell.slm, "labels": cell.labels, "seed": cell.seed, **row} for row in _rows(place, cell.methods)]
+        return [
+            {"slm": cell.slm, "labels": cell.labels, "seed": cell.seed, **row}
+            for row in _rows(place, cell.methods, (cell.slm, cell.labels) == ("minilm", 16))
+        ]
 
 
 def foreign(part: fleet.Part) -> list[str]:
@@ -159,7 +162,7 @@ def foreign(part: fleet.Part) -> list[str]:
     return [" ".join(text.split())[:400] for text in found[:25]]
 
 
-def _rows(place: Place, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(place: Place, methods: Sequence[str], llm: bool) -> Iterator[dict[str, Any]]:
     """Devices' rows, one a method, and the LLM's, one a version and one for its upper bound."""
     tuning, start = place.settings.tuning, place.lab.spec.start(place.settings.seed)
     deaf = msgspec.structs.replace(tuning, generation=0.0, contrast_weight=0.0, task=0.0)
@@ -194,7 +197,7 @@ def _rows(place: Place, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"no method {method}")
         accuracy, seconds = place.accuracies(own), time.perf_counter() - began
         yield {"method": method, "accuracy": statistics.fmean(accuracy), "per_device": accuracy, "seconds": seconds, **more}
-    if "crosslm_plus_lpfl" in methods and versions:
+    if llm and versions:
         yield from _about_llm(place, versions)
 
 
@@ -258,7 +261,8 @@ def run(full: bool) -> Result:
     cells = [Cell(16, seed, methods) for seed in seeds for methods in (MUTUAL, ABLATIONS)]
     if full:
         own = tuple(m for m in MUTUAL if m != "crosslm_plus_lpfl")
-        cells += [*(Cell(32, seed, MUTUAL) for seed in seeds), Cell(16, 0, own, slm="smollm2")]
+        cells.insert(2, Cell(16, 0, own, slm="smollm2"))  # the longest, so not the last
+        cells += [Cell(32, seed, MUTUAL) for seed in seeds]
     rows = run_all(cells)
     return Result("crosslm", rows, summary(rows), _table(rows), _targets(rows))
 
@@ -269,7 +273,10 @@ def run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         fleet.bundle_of(slm)  # exported and fetched once, before the workers need them
     resolve(MODELS[settings_of(0).llm.model])
     found = run_cells(
-        measure, cells, lambda cell, _: f"{cell.slm}, {cell.labels} labels, seed {cell.seed}, {', '.join(cell.methods)}"
+        measure,
+        cells,
+        lambda cell, _: f"{cell.slm}, {cell.labels} labels, seed {cell.seed}, {', '.join(cell.methods)}",
+        "crosslm",
     )
     return [row for rows in found for row in rows]
 

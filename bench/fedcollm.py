@@ -210,7 +210,7 @@ def run(full: bool) -> Result:
 def run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Measures all cells: one list of rows."""
     fleet.small_bundle()  # made once, before the workers need it
-    found = run_cells(measure, cells, lambda cell, _: f"seed {cell.seed}, {cell.method}, {dict(cell.change)}")
+    found = run_cells(measure, cells, lambda cell, _: f"seed {cell.seed}, {cell.method}, {dict(cell.change)}", "fedcollm")
     return [row for rows in found for row in rows]
 
 

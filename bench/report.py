@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from edge_sdk.assets import cache_folder
+
 C = TypeVar("C")
 R = TypeVar("R")
 
@@ -53,21 +55,47 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
-def run_cells(measure: Callable[[C], R], cells: Sequence[C], told: Callable[[C, R], str], workers: int = 2) -> list[R]:
-    """Measures all cells, each in one thread of one of `workers` processes, with a progress bar, or a line `told` a cell."""
+def run_cells(
+    measure: Callable[[C], R], cells: Sequence[C], told: Callable[[C, R], str], keep: str = "", workers: int = 2
+) -> list[R]:
+    """Measures all cells, each in one thread of one of `workers` processes, with a progress bar, or a line `told` a cell.
+
+    Args:
+        keep: names a file in the cache where finished cells are kept, as JSON: a bench of hours that was interrupted goes on
+            there, as long as the code is that of the same commit.
+    """
+    kept = _Kept(keep)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool, Progress(*columns) as progress:
         bar = progress.add_task("training", total=len(cells))
-        jobs = {pool.submit(measure, cell): i for i, cell in enumerate(cells)}
-        found: dict[int, R] = {}
+        found: dict[int, R] = {i: kept.rows[repr(cell)] for i, cell in enumerate(cells) if repr(cell) in kept.rows}
+        progress.advance(bar, len(found))
+        jobs = {pool.submit(measure, cell): i for i, cell in enumerate(cells) if i not in found}
         for job in as_completed(jobs):
             at = jobs[job]
             found[at] = job.result()
+            kept.add(repr(cells[at]), found[at])
             progress.advance(bar)
             if not progress.console.is_terminal:
                 print(f"{len(found)} of {len(cells)}: {told(cells[at], found[at])}", flush=True)
     return [found[i] for i in range(len(cells))]
+
+
+class _Kept:
+    """Finished cells of this commit, by their names."""
+
+    def __init__(self, name: str) -> None:
+        commit, self.rows = _commit(), dict[str, Any]()
+        self._path = cache_folder() / "bench" / f"{name}-{commit}.jsonl" if name and not commit.endswith("-dirty") else None
+        if self._path is not None and self._path.exists():
+            self.rows = dict(json.loads(line) for line in self._path.read_text().splitlines())
+
+    def add(self, cell: str, found: object) -> None:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps([cell, found]) + "\n")
 
 
 def show(result: Result, out: Path | None) -> None:

@@ -17,8 +17,9 @@ from rich.table import Table
 from bench.report import Result
 from edge_sdk import masking, wire
 from edge_sdk.adapters import AdapterSpec, Array, Slot
-from edge_sdk.masking import Member, Terms
-from edge_sdk.protocol import Message, Update
+from edge_sdk.cohort import Masked, Message, Terms
+from edge_sdk.masking import Member
+from edge_sdk.protocol import Update
 from edge_server import unmasking
 from edge_server.aggregation import Contribution, fedbuff
 from edge_server.unmasking import Cohort
@@ -54,7 +55,7 @@ def run_cohort(terms: Terms, values: Sequence[masking.Floats], weights: Sequence
     for name, value, weight in list(zip(names, values, weights, strict=True))[: terms.size - dropped]:
         members[name] = masking.receive(members[name], unmasking.delivery(cohort, name))
         members[name], vector = masking.masked(members[name], value, weight)
-        cohort = unmasking.take_masked(cohort, masking.Masked(terms.cohort, name), name)
+        cohort = unmasking.take_masked(cohort, Masked(terms.cohort, name), name)
         vectors.append(vector)
     cohort = _next(cohort, late=True)
     for name in list(cohort.uploads)[: terms.threshold]:

@@ -17,6 +17,7 @@ import random
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,6 +26,7 @@ from edge_sdk import bundle as bundles
 from edge_sdk import conditions, files, session, verbs, wire
 from edge_sdk.adapters import AdapterSpec, Array, Arrays, add, below
 from edge_sdk.bundle import File
+from edge_sdk.cohort import Request
 from edge_sdk.eligibility import Conditions, NotNow, Policy, decide
 from edge_sdk.engines import Engine, check_runtime, open_engine
 from edge_sdk.errors import AssetError, DataError, MissingRuntime, Refused, SettingsError, Unreachable, WireError
@@ -44,7 +46,7 @@ from edge_sdk.protocol import (
     Update,
 )
 from edge_sdk.session import Action, Event, Session
-from edge_sdk.store import WORK, Parcel, Store
+from edge_sdk.store import MEMBER, UNSEEN, WORK, Parcel, Store
 from edge_sdk.tasks import Private
 from edge_sdk.tokens import Ids
 from edge_sdk.training.batches import Progress
@@ -300,14 +302,20 @@ class Agent:
             self._say(f"delivered {len(parcel.body):,} bytes as {receipt.id[:12]}; the server is at version {receipt.version}")
         return session.Delivered()
 
-    async def _do(self, work: Train | Predict | Evaluate | Finished) -> None:
+    async def _do(self, work: Train | Predict | Evaluate | Finished | Request) -> None:
         """Gets the adapter, works, and puts the result into the outbox; of a finished run only the adapter is kept."""
+        if isinstance(work, Request):
+            secure = _secure()
+            manifest = self._manifest or self._known() or await self._enroll()
+            self._store.post(parcel := await asyncio.to_thread(secure.speak, self._store, manifest, work))
+            self._say(f"secure averaging: {secure.told(work)}, {len(parcel.body):,} bytes")
+            return
         if isinstance(work, Finished) and not work.adapter:  # what the device has learned for itself is the result
             self._store.drop_fact(WORK)
             self._store.set_fact("version", str(work.version))
             self._say("finished; the device keeps the adapter it trained")
             return
-        own = isinstance(work, Predict) or (isinstance(work, Train) and not work.share)
+        own = isinstance(work, Predict) or (isinstance(work, Train) and not work.share and not work.masked)
         apart = own or self._store.fact(OWN) is not None  # what it learned for itself is not overwritten by what all share
         start = await self._adapter(work.adapter, work.version, START if apart else ADAPTER)
         if isinstance(work, Finished):
@@ -343,7 +351,11 @@ class Agent:
         prepared, learned = await self._train(work, start, private, models)
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
         device, part = self._store.device_id, prepared.part
-        if work.share:
+        if work.masked:
+            update = Update(device, work.version, learned.num_examples, {})
+            await asyncio.to_thread(_secure().keep, self._store, update, learned.delta)
+            parcel = Parcel(wire.JSON_TYPE, wire.encode(Trained(device, work.version, 1, {})))
+        elif work.share:
             update = Update(device, work.version, learned.num_examples, learned.metrics, layers=part.depth, rank=part.rank)
             parcel = Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta))
         else:
@@ -480,8 +492,9 @@ class Agent:
                 self._store.delivered()
                 self._store.drop_fact(WORK)
                 self._store.drop_fact(OWN)
+                self._store.drop_fact(MEMBER)
                 self._store.drop_synthetic()
-                for name in (ADAPTER, START, CHECKPOINT):
+                for name in (ADAPTER, START, CHECKPOINT, UNSEEN):
                     (self._store.home / name).unlink(missing_ok=True)
                 self._store.set_fact("version", "0")
                 self._models = None
@@ -517,6 +530,15 @@ class Agent:
         else:
             await asyncio.to_thread(files.write, self._store.home / name, body)
         return arrays
+
+
+def _secure() -> ModuleType:
+    """Raises: MissingRuntime: the secure extra is not installed."""
+    if importlib.util.find_spec("cryptography") is None:
+        raise MissingRuntime("this run averages masked updates, which needs cryptography: pip install 'tandem-edge[secure]'")
+    from edge_sdk import secure
+
+    return secure
 
 
 def bundle_folder(cache: Path, manifest: Manifest) -> Path:

@@ -31,6 +31,10 @@ def rows(path: Path) -> Iterator[Entry]:
             strings = (label is None or isinstance(label, str)) and (truth is None or isinstance(truth, str))
             if not isinstance(text, str) or not strings or not isinstance(held_out, bool):
                 raise DataError(f"{path}:{number}: text, label and truth are strings, held_out is true or false")
+            try:
+                "".join((text, label or "", truth or "")).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{path}:{number}: this example is not valid Unicode (half a character)") from error
             if not text.strip() or (held_out and label is None):
                 raise DataError(f"{path}:{number}: an example needs text, and a held-out one a label")
             yield text, label, truth, held_out

@@ -1,9 +1,9 @@
-"""Every message between a device and the server, as frozen typed values; version 3.
+"""Every message between a device and the server, as frozen typed values; version 4.
 
 A device enrols and gets the `Manifest`, then asks for work again and again: `Train`, `Predict`, `Evaluate`, `Wait` or
 `Finished`. What came of it goes back as an `Update` or a `Judgment` (beside tensors), an `Evaluation` or `Trained`, and is
-answered by a `Receipt`. Synthetic texts are a feed of their own, of `Sample` and `Withdrawal` lines. Bytes are `wire.py`'s
-business.
+answered by a `Receipt`. Synthetic texts are a feed of their own, of `Sample` and `Withdrawal` lines. Secure averaging has
+messages of its own, in `cohort.py`. Bytes are `wire.py`'s business.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import msgspec
 
 from edge_sdk.adapters import AdapterSpec
 from edge_sdk.bundle import Bundle
+from edge_sdk.cohort import Request
 from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.judgments import Form
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Task
 from edge_sdk.training.batches import Training
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 Metrics = dict[str, float]
 
@@ -103,6 +104,7 @@ class Train(Message, frozen=True, tag="train", tag_field="verb"):
     Args:
         synthetic: texts of the feed to learn from too.
         share: whether the difference is sent; else the device keeps what it learned, and answers `Trained`.
+        masked: the difference waits on the device until a cohort averages it; it answers `Trained`, without numbers.
     """
 
     version: int
@@ -112,6 +114,7 @@ class Train(Message, frozen=True, tag="train", tag_field="verb"):
     seed: int
     synthetic: Mix | None = None
     share: bool = True
+    masked: bool = False
 
 
 class Predict(Message, frozen=True, tag="predict", tag_field="verb"):
@@ -148,7 +151,7 @@ class Finished(Message, frozen=True, tag="finished", tag_field="verb"):
     adapter: str
 
 
-Work = Train | Predict | Evaluate | Wait | Finished
+Work = Train | Predict | Evaluate | Wait | Finished | Request
 
 
 class Update(Message, frozen=True, tag="update", tag_field="result"):

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from edge_sdk.cohort import Request
 from edge_sdk.protocol import Evaluate, Finished, Predict, Train, Wait, Work
 
 FIRST_PAUSE = 1.0  # seconds
 LONGEST_PAUSE = 600.0
 PAUSE_AFTER_FAILED_WORK = 60.0
-CAME_LATE = ("already-answered", "too-stale")
+CAME_LATE = ("already-answered", "too-stale", "too-late", "no-cohort", "wrong-cohort", "cohort-failed", "cohort-full")
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 3600.0  # what a server may ask for
 
 
@@ -85,9 +86,9 @@ class AskForWork:
 
 @dataclass(frozen=True)
 class Do:
-    """Train, judge, evaluate, or keep the adapter of a finished run."""
+    """Train, judge, evaluate, take part in secure averaging, or keep the adapter of a finished run."""
 
-    work: Train | Predict | Evaluate | Finished
+    work: Train | Predict | Evaluate | Finished | Request
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def step(session: Session, event: Event, jitter: float) -> tuple[Session, Action
             return _to(AskForWork())
         case AskForWork(), Assigned(Wait(seconds)):
             return _sleep(min(max(seconds, SHORTEST_WAIT), LONGEST_WAIT), AskForWork())
-        case AskForWork(), Assigned(Train() | Predict() | Evaluate() | Finished() as work):
+        case AskForWork(), Assigned(work) if not isinstance(work, Wait):
             return _to(Do(work))
         case Do(Finished()), Worked():
             return _to(Stop())

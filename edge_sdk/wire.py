@@ -15,15 +15,18 @@ from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from edge_sdk.adapters import Array, Arrays, Shapes, mismatch, not_finite, row_major
+from edge_sdk.cohort import Masked
 from edge_sdk.errors import DataError, WireError
 from edge_sdk.judgments import Bytes
 from edge_sdk.protocol import Evaluation, Judgment, Manifest, Result, Sample, Text, Trained, Update
 
 JSON_TYPE = "application/json"
 TENSORS_TYPE = "application/vnd.safetensors"
+MASKED_TYPE = "application/vnd.tandem.masked+safetensors"
 JUDGMENT_TYPE = "application/vnd.tandem.judgment+safetensors"
 LINES_TYPE = "application/x-ndjson"
 PROBLEM_TYPE = "application/problem+json"
@@ -47,6 +50,14 @@ class ByteEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: Literal["U8"]
     shape: tuple[int, int]
+    data_offsets: tuple[int, int]
+
+
+class RingEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the header of a masked vector says of its one tensor."""
+
+    dtype: Literal["U32"]
+    shape: tuple[int]
     data_offsets: tuple[int, int]
 
 
@@ -90,8 +101,8 @@ def unpack(body: bytes, shapes: Callable[[Update], Shapes]) -> tuple[Update, dic
         WireError: `bad-message`, `wrong-part`, `bad-tensors` (not safetensors, or too many tensors), `wrong-shape` (names, shapes
             or types differ from the adapter's slots), `not-finite` (NaN or infinity).
     """
-    header, metadata, data = _open(body)
-    update = decode(_message(metadata), Update)
+    header, metadata, data = open_tensors(body)
+    update = decode(message_of(metadata), Update)
     check_result(update)
     return update, _finite(_arrays(header, data, shapes(update)))
 
@@ -122,8 +133,8 @@ def unpack_judgment(body: bytes, shape: Callable[[Judgment], tuple[int, int]]) -
     Raises:
         WireError: `bad-message`, `bad-tensors`, `wrong-shape`, or what `shape` raises.
     """
-    header, metadata, data = _open(body)
-    judgment = decode(_message(metadata), Judgment)
+    header, metadata, data = open_tensors(body)
+    judgment = decode(message_of(metadata), Judgment)
     check_result(judgment)
     if header.keys() != {"answer"}:
         raise WireError("wrong-shape", "a judgment is one tensor of bytes, `answer`", 422)
@@ -138,6 +149,32 @@ def unpack_judgment(body: bytes, shape: Callable[[Judgment], tuple[int, int]]) -
     if entry.data_offsets != (0, math.prod(expected)) or len(data) != math.prod(expected):
         raise WireError("bad-tensors", "`answer` does not lie in the file as its shape says")
     return judgment, np.frombuffer(data, np.uint8).reshape(expected).copy()
+
+
+def pack_masked(masked: Masked, vector: NDArray[np.uint32]) -> bytes:
+    """One safetensors file: a masked vector (length,), and the message."""
+    return bytes(save({"vector": np.ascontiguousarray(vector)}, metadata={"message": encode(masked).decode()}))
+
+
+def unpack_masked(body: bytes, length: int) -> tuple[Masked, NDArray[np.uint32]]:
+    """The message and the masked vector (length,), which looks like noise: nothing else of it can be checked.
+
+    Raises:
+        WireError: `bad-message`, `bad-tensors` or `wrong-shape`.
+    """
+    header, metadata, data = open_tensors(body)
+    masked = decode(message_of(metadata), Masked)
+    if header.keys() != {"vector"}:
+        raise WireError("wrong-shape", "a masked update is one tensor, `vector`", 422)
+    try:
+        entry = msgspec.json.decode(header["vector"], type=RingEntry)
+    except NOT_JSON as error:
+        raise WireError("wrong-shape", "`vector` is not a tensor of U32 with shape and offsets", 422) from error
+    if entry.shape != (length,):
+        raise WireError("wrong-shape", f"this cohort needs a vector of {length} elements, not {list(entry.shape)}"[:500], 422)
+    if entry.data_offsets != (0, 4 * length) or len(data) != 4 * length:
+        raise WireError("bad-tensors", "`vector` does not lie in the file as its shape says")
+    return masked, np.frombuffer(data, "<u4").astype(np.uint32)
 
 
 def pack_lines(lines: Iterable[msgspec.Struct]) -> bytes:
@@ -173,7 +210,7 @@ def pack_adapter(arrays: Arrays) -> bytes:
 
 def unpack_adapter(body: bytes, shapes: Shapes) -> dict[str, Array]:
     """Raises: WireError: as `unpack`, for the tensors."""
-    header, _, data = _open(body)
+    header, _, data = open_tensors(body)
     return _finite(_arrays(header, data, shapes))
 
 
@@ -204,8 +241,8 @@ def check_result(result: Result) -> None:
         raise WireError("not-finite", "a metric is NaN or infinite", 422)
 
 
-def _open(body: bytes) -> tuple[dict[str, msgspec.Raw], dict[str, str], memoryview]:
-    """The entries of safetensors bytes, not parsed yet, the metadata, and the data."""
+def open_tensors(body: bytes) -> tuple[dict[str, msgspec.Raw], dict[str, str], memoryview]:
+    """The entries of safetensors bytes, not parsed yet, the metadata, and the data. Raises: WireError: `bad-tensors`."""
     header, offset = _header(body)
     try:
         metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
@@ -214,7 +251,8 @@ def _open(body: bytes) -> tuple[dict[str, msgspec.Raw], dict[str, str], memoryvi
     return header, metadata, memoryview(body)[offset:]
 
 
-def _message(metadata: Mapping[str, str]) -> bytes:
+def message_of(metadata: Mapping[str, str]) -> bytes:
+    """The JSON of the message beside the tensors. Raises: WireError: `bad-message`: there is none."""
     if "message" not in metadata:
         raise WireError("bad-message", "the tensors carry no `message` in their metadata")
     return metadata["message"].encode()

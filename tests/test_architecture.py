@@ -28,10 +28,11 @@ PURE = [
         f"edge_sdk/{name}.py"
         for name in (
             *("protocol", "wire", "adapters", "tasks", "softlabels", "session", "eligibility", "verbs", "judgments"),
+            *("cohort", "masking", "alignment", "knowledge", "corpus"),
             *("training/batches", "training/depth"),
         )
     ),
-    *(f"server/edge_server/{name}.py" for name in ("aggregation", "coordinator", "llm/jobs")),
+    *(f"server/edge_server/{name}.py" for name in ("aggregation", "coordinator", "cohorts", "unmasking", "llm/jobs")),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/knowledge").glob("*.py"))),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/systems").glob("*.py"))),
 ]

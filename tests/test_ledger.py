@@ -661,7 +661,7 @@ async def test_a_withdrawn_sample_stays_withdrawn(tmp_path: Path) -> None:
 
 
 async def test_old_sheets_leave_the_feed(tmp_path: Path) -> None:
-    """With one sheet retained, the first one's samples are withdrawn once the second is decided; a restart withdraws none twice."""
+    """With one sheet retained, the first one's samples are withdrawn once the second is decided; a restart repeats nothing."""
     run = with_llm(retain=1)
     async with learning(tmp_path, run=run) as ledger:
         await learn(ledger)

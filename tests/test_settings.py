@@ -465,3 +465,13 @@ def test_the_demos_file_loads() -> None:
     assert demo.averaged == demo.crosslm.federated
     assert demo.averaged.buffer_size == demo.crosslm.judges == 4
     assert example.averaged is None
+
+
+def test_a_run_may_be_of_another_system_than_the_file_names(tmp_path: Path) -> None:
+    """Its settings must be in the file; nothing else changes."""
+    path = toml(tmp_path, {"": {"system": '"lpfl"'}, "task": TASK, "fedcollm": {"auxiliary": '"own.jsonl"'}})
+
+    assert run_settings.load(path, "fedcollm").system == "fedcollm"
+    assert run_settings.load(path).system == "lpfl"
+    with pytest.raises(SettingsError, match="table \\[crosslm\\]"):
+        run_settings.load(path, "crosslm")

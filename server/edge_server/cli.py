@@ -22,6 +22,7 @@ from edge_sdk.wire import encode, pack_lines
 from edge_server import settings as run_settings
 from edge_server.knowledge.filters import Embed
 from edge_server.llm.jobs import Slm
+from edge_server.settings import SYSTEMS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--config", type=Path, required=True, help="TOML file of the run, e.g. examples/minilm.toml")
     serve.add_argument("--bundle", type=Path, required=True, help="folder made by `edge-export bundle`")
     serve.add_argument("--data", type=Path, required=True, help="folder of this run's events, blobs and versions")
+    serve.add_argument("--system", choices=SYSTEMS, help="another system than the file's, with its table of settings")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8440, help="0 for any free port (default: %(default)s)")
     serve.add_argument(
@@ -77,7 +79,7 @@ async def _serve(args: argparse.Namespace) -> None:
         raise SettingsError(
             f"{args.host} is reachable from other machines and devices are not authenticated yet; --trust-network does it"
         )
-    settings = run_settings.load(args.config)
+    settings = run_settings.load(args.config, args.system)
     bundle = bundles.read(args.bundle)
     bundles.verify(args.bundle, bundle.files)
     embed = _embedder(args.bundle, bundle) if settings.system == "crosslm" else None

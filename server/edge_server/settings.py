@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -18,6 +18,9 @@ from edge_server.systems import fedcollm
 from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.fedcollm import FedCoLlm
 from edge_server.systems.lpfl import LpFl
+
+System = Literal["lpfl", "crosslm", "fedcollm"]
+SYSTEMS: tuple[System, ...] = get_args(System)
 
 
 class AdapterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,7 +54,7 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file: which system, which task, which adapter."""
 
     task: Task
-    system: Literal["lpfl", "crosslm", "fedcollm"] = "lpfl"
+    system: System = "lpfl"
     adapter: AdapterSettings = AdapterSettings()
     lpfl: LpFl = LpFl()
     crosslm: CrossLm | None = None
@@ -88,10 +91,15 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.lpfl
 
 
-def load(path: Path) -> RunSettings:
-    """Raises: SettingsError: no such file, not TOML, an unknown key, or a value out of bounds."""
+def load(path: Path, system: str | None = None) -> RunSettings:
+    """A run's settings, of the file's system or of another one that the file has settings for.
+
+    Raises:
+        SettingsError: no such file, not TOML, an unknown key, or a value out of bounds.
+    """
     try:
-        return msgspec.convert(tomllib.loads(path.read_bytes().decode()), RunSettings)
+        content = tomllib.loads(path.read_bytes().decode())
+        return msgspec.convert(content if system is None else {**content, "system": system}, RunSettings)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

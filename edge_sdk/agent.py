@@ -36,6 +36,7 @@ from edge_sdk.protocol import (
     Evaluation,
     Finished,
     Judgment,
+    Lesson,
     Manifest,
     Metrics,
     Predict,
@@ -162,6 +163,7 @@ class Agent:
         name: shown to the operator.
         threads: for inference and training.
         variant: of the bundle; "" for the recommended one.
+        model: which bundle, in a run that has several; "" for the first.
         limits: what training may cost. policy: when it may run. look: tells how the device is.
         say: told one line per thing done.
         sleep: waits that many seconds.
@@ -180,13 +182,14 @@ class Agent:
         look: Callable[[], Conditions] = conditions.look,
         say: Callable[[str], None] = print,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        model: str = "",
     ) -> None:
         self._store = store
         self._api = Api(transport)
         self._cache = cache
         self._name = name
         self._threads = threads
-        self._variant = variant
+        self._variant, self._model = variant, model
         self._limits, self._policy, self._look = limits, policy, look
         self._say = say
         self._sleep = sleep
@@ -318,6 +321,8 @@ class Agent:
         own = isinstance(work, Predict) or (isinstance(work, Train) and not work.share and not work.masked)
         apart = own or self._store.fact(OWN) is not None  # what it learned for itself is not overwritten by what all share
         start = await self._adapter(work.adapter, work.version, START if apart else ADAPTER)
+        if isinstance(work, Train) and work.lesson is not None and self._store.fact(OWN) is not None:
+            start = kept_adapter(self._store, await self._enroll()) or start  # it goes on from what it has learned
         if isinstance(work, Finished):
             if apart:
                 await self._keep_better(start, work.version)
@@ -348,7 +353,7 @@ class Agent:
             await self._catch_up()
             if self._store.cursor < work.synthetic.until:
                 raise WireError("bad-message", f"the feed of synthetic data ends before line {work.synthetic.until}")
-        prepared, learned = await self._train(work, start, private, models)
+        prepared, learned = await self._train(work, start, private, models, await self._lesson(work.lesson))
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
         device, part = self._store.device_id, prepared.part
         if work.masked:
@@ -412,7 +417,18 @@ class Agent:
                 raise WireError("bad-message", "the feed of synthetic data has gaps, or comes again")
             await asyncio.to_thread(self._store.take_lines, lines)
 
-    async def _train(self, work: Train, start: Arrays, private: Private, models: Models) -> tuple[verbs.Prepared, verbs.Learned]:
+    async def _lesson(self, lesson: Lesson | None) -> list[Sample]:
+        """The public texts of a lesson. Raises: WireError: they are not as many as there should be."""
+        if lesson is None:
+            return []
+        lines = wire.unpack_lines(await self._api.blob_bytes(lesson.blob, MAX_SHEET), Sample)
+        if len(lines) != lesson.count:
+            raise WireError("bad-message", f"the lesson has {len(lines)} texts, not the {lesson.count} it was said to have")
+        return lines
+
+    async def _train(
+        self, work: Train, start: Arrays, private: Private, models: Models, public: list[Sample]
+    ) -> tuple[verbs.Prepared, verbs.Learned]:
         """One training in small steps, each if the device's conditions allow it; resumed where it stopped."""
         manifest = models.manifest
         chosen = choose(manifest, self._limits, self._variant, float(str(self._store.fact(SPEED))))
@@ -422,7 +438,7 @@ class Agent:
         def prepare() -> tuple[verbs.Prepared, HiddenStates]:
             args = work.version, start, manifest.adapter, private, work.training, work.soft, work.seed, models.engine, part
             synthetic = self._store.synthetic(work.synthetic.until) if work.synthetic else ()
-            return verbs.prepare(*args, synthetic, work.synthetic), models.states(
+            return verbs.prepare(*args, synthetic, work.synthetic, public, work.lesson), models.states(
                 part, start, self._limits, self._store.home / HIDDEN, self._say
             )
 
@@ -482,7 +498,7 @@ class Agent:
     async def _enroll(self) -> Manifest:
         """The run's manifest, asked for once in a process."""
         if self._manifest is None:
-            manifest = await self._api.enroll(self._store.device_id, self._name)
+            manifest = await self._api.enroll(self._store.device_id, self._name, self._model)
             if manifest.protocol != PROTOCOL:
                 raise SettingsError(
                     f"the server speaks protocol {manifest.protocol}, this device {PROTOCOL}; update the older one"

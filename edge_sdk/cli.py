@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         made.add_argument("--threads", type=int, default=1, help="for inference and training (default: %(default)s)")
         made.add_argument("--variant", default="", help="of the bundle: int8, q8_0, ... (default: the one it recommends)")
+        made.add_argument("--model", default="", help="which bundle, where the run has several (default: the first)")
         made.add_argument("--cache", type=Path, default=cache_folder(), help="folder for model files (default: %(default)s)")
 
     add = verb("add", _add, "keep private examples from JSON lines: text, and label, truth, held_out where known")
@@ -143,7 +144,16 @@ def _run(args: argparse.Namespace) -> int:
     async def run() -> int | None:
         async with HttpTransport(args.server) as transport:
             agent = Agent(
-                Store(args.home), transport, args.cache, args.name, args.threads, args.variant, limits, policy, say=_say
+                Store(args.home),
+                transport,
+                args.cache,
+                args.name,
+                args.threads,
+                args.variant,
+                limits,
+                policy,
+                say=_say,
+                model=args.model,
             )
             task = asyncio.ensure_future(agent.run())
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -181,7 +191,7 @@ def _baseline(args: argparse.Namespace) -> int:
 
     async def run() -> dict[str, float]:
         async with HttpTransport(args.server) as transport:
-            agent = Agent(store, transport, args.cache, args.name, args.threads, args.variant, say=_complain)
+            agent = Agent(store, transport, args.cache, args.name, args.threads, args.variant, say=_complain, model=args.model)
             models = await agent.models(training=True)
         manifest = models.manifest
         private = store.private(manifest.task)

@@ -158,6 +158,36 @@ def select(own: Floats, teachers: Floats) -> Ints:
     return np.where(least < own, best, -1).astype(np.int64)
 
 
+def class_targets(
+    labels: Sequence[int], own: NDArray[np.float32], teachers: Sequence[NDArray[np.float32]], label_weight: float
+) -> tuple[NDArray[np.float32], Ints]:
+    """What to learn of public texts at class level: weight * label + (1 - weight) * the chosen teacher, or the label alone.
+
+    So cross-entropy against a row is weight * CE(label) + (1 - weight) * CE(teacher), FedMKT's loss with lambda = weight.
+
+    Args:
+        own: the receiver's class probabilities, (n, n_classes). teachers: those of each teacher; a row of zeros says nothing.
+
+    Returns:
+        (n, n_classes) target probabilities, and (n,) whose they are: a teacher's index, or -1.
+    """
+    chosen = select(_class_nats(labels, own), np.stack([_class_nats(labels, t) for t in teachers]) if teachers else _none(labels))
+    targets = np.eye(own.shape[1], dtype=np.float32)[list(labels)]
+    for row, teacher in enumerate(chosen):
+        if teacher >= 0:
+            said = teachers[teacher][row]
+            targets[row] = label_weight * targets[row] + (1 - label_weight) * said / said.sum()
+    return targets, chosen
+
+
+def _class_nats(labels: Sequence[int], probabilities: NDArray[np.float32]) -> Floats:
+    return np.array([class_nats(Classes(row), label) for row, label in zip(probabilities, labels, strict=True)], np.float64)
+
+
+def _none(labels: Sequence[int]) -> Floats:
+    return np.empty((0, len(labels)), np.float64)
+
+
 # Bytes ----------------------------------------------------------------------------------------------------------------
 class Contents(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What travels beside the tensors of knowledge: in whose tokens, and about which samples."""

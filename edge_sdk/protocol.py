@@ -31,11 +31,15 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Enroll(Message, frozen=True):
-    """Device -> server, first contact; repeating it changes nothing."""
+    """Device -> server, first contact; repeating it changes nothing.
+
+    `model` chooses among the bundles of a run that has several; "" for the first.
+    """
 
     protocol: int
     device: str
     name: str
+    model: str = ""
 
 
 class Manifest(Message, frozen=True):
@@ -96,6 +100,23 @@ class Mix(Message, frozen=True):
             raise SettingsError("mix.until and mix.weight must not be negative, mix.batch_size must be 1 to 4096")
 
 
+class Lesson(Message, frozen=True):
+    """Public texts in training, with their labels and what the server's LLM says of them: `count` lines of the blob `blob`.
+
+    `batch_size` of them are in each step. A text is learned by `label_weight` of its label and the rest of what the LLM says,
+    where that says the label better than the device itself; else by its label alone (FedMKT).
+    """
+
+    blob: str
+    count: int
+    label_weight: float
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_weight <= 1 or not 1 <= self.batch_size <= 4096:
+            raise SettingsError("lesson.label_weight must be in [0, 1], lesson.batch_size 1 to 4096")
+
+
 class Train(Message, frozen=True, tag="train", tag_field="verb"):
     """Start from the global adapter of `version`, learn from private data, send the difference.
 
@@ -104,6 +125,7 @@ class Train(Message, frozen=True, tag="train", tag_field="verb"):
     Args:
         synthetic: texts of the feed to learn from too.
         share: whether the difference is sent; else the device keeps what it learned, and answers `Trained`.
+        lesson: public texts to learn from too, and the device goes on from its own adapter, where it has one.
         masked: the difference waits on the device until a cohort averages it; it answers `Trained`, without numbers.
     """
 
@@ -115,6 +137,7 @@ class Train(Message, frozen=True, tag="train", tag_field="verb"):
     synthetic: Mix | None = None
     share: bool = True
     masked: bool = False
+    lesson: Lesson | None = None
 
 
 class Predict(Message, frozen=True, tag="predict", tag_field="verb"):

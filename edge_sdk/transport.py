@@ -126,8 +126,8 @@ class Api:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    async def enroll(self, device: str, name: str) -> Manifest:
-        return decode(await self._post("/v1/enroll", encode(Enroll(PROTOCOL, device, name))), Manifest)
+    async def enroll(self, device: str, name: str, model: str = "") -> Manifest:
+        return decode(await self._post("/v1/enroll", encode(Enroll(PROTOCOL, device, name, model))), Manifest)
 
     async def ask(self, device: str, can_train: bool) -> Work:
         body = await self._post("/v1/work", encode(Ask(device, can_train)))

@@ -19,7 +19,8 @@ from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays, take
 from edge_sdk.engines import Scorer
 from edge_sdk.errors import DataError
 from edge_sdk.judgments import Bytes, Form, encode
-from edge_sdk.protocol import Metrics, Mix, Sample, Text
+from edge_sdk.knowledge import class_targets
+from edge_sdk.protocol import Lesson, Metrics, Mix, Sample, Text
 from edge_sdk.softlabels import SoftLabels, SoftSet
 from edge_sdk.tasks import Example, Private, accuracy, sharpen, softmax
 from edge_sdk.training.batches import Answer, Classes, Guess, Job, Label, Row, Source, Training
@@ -70,12 +71,15 @@ def prepare(
     part: AdapterSpec | None = None,
     synthetic: Sequence[Sample] = (),
     mix: Mix | None = None,
+    public: Sequence[Sample] = (),
+    lesson: Lesson | None = None,
 ) -> Prepared:
     """What to learn from private data, starting at the global adapter of `version`.
 
     Args:
         part: what of `spec` is trained; all of it by default.
         synthetic: samples to learn from too, by their soft labels, as `mix` says.
+        public: labelled texts and what the server's LLM says of them, to learn from as `lesson` says.
 
     Raises:
         DataError: no text with a label or an answer, or a sample of another task.
@@ -99,8 +103,26 @@ def prepare(
         soft_rows = [Row(ids, Classes(sharpen(np.array(sample.soft, np.float32), mix.temperature))) for ids, sample in rows]
         sources.append(Source(soft_rows, mix.batch_size, mix.weight))
         metrics = {**metrics, "synthetic_examples": float(len(synthetic))}
+    if lesson is not None and public:
+        rows_of, taught = _public(public, Adapter(start, spec), engine, lesson)
+        sources.append(Source(rows_of, lesson.batch_size))
+        metrics = {**metrics, "public_examples": float(len(public)), "public_taught": taught}
     job = Job(dict(start) if part is None else take(start, part), sources, training, seed)
     return Prepared(job, part or spec, count, metrics)
+
+
+def _public(public: Sequence[Sample], adapter: Adapter, engine: Scorer, lesson: Lesson) -> tuple[list[Row], float]:
+    """Rows of public texts, and the share of them that the LLM says better than this device."""
+    names = engine.encoder.labels
+    if any(sample.label not in names or len(sample.soft) != len(names) for sample in public):
+        raise DataError("a public text has labels of another task")
+    texts = [sample.text for sample in public]
+    engine.set_adapter(adapter)
+    own, told = softmax(engine.logits(texts)), np.array([sample.soft for sample in public], np.float32)
+    labels = [names.index(sample.label) for sample in public]
+    targets, chosen = class_targets(labels, own, [told], lesson.label_weight)
+    rows = [Row(ids, Classes(target)) for ids, target in zip(engine.encoder.prompts(texts), targets, strict=True)]
+    return rows, float(np.mean(chosen >= 0))
 
 
 def train(

@@ -16,13 +16,14 @@ from typing import Any
 import msgspec
 import numpy as np
 from aiohttp.test_utils import TestClient, TestServer
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from edge_sdk import bundle as bundles
 from edge_sdk import wire
 from edge_sdk.adapters import AdapterSpec, Array, Arrays
 from edge_sdk.judgments import encode
 from edge_sdk.protocol import PROTOCOL, Enroll, Judgment, Receipt, Status, Text, Trained, Update
+from edge_sdk.tasks import Example
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, fedbuff
 from edge_server.app import create_app
@@ -30,10 +31,25 @@ from edge_server.compute import Compute
 from edge_server.coordinator import Accepted, Event, Published
 from edge_server.knowledge.filters import Filter
 from edge_server.ledger import Ledger
-from edge_server.llm.jobs import Job, Label, LlmSettings, Outcome, Scores, Texts, Tune, Tuned, Tuning, Write
+from edge_server.llm.jobs import (
+    Distil,
+    Distilled,
+    Job,
+    Label,
+    LlmSettings,
+    Mutual,
+    Outcome,
+    Scores,
+    Texts,
+    Tune,
+    Tuned,
+    Tuning,
+    Write,
+)
 from edge_server.settings import AdapterSettings, RunSettings
 from edge_server.storage import EventLog
 from edge_server.systems.crosslm import CrossLm
+from edge_server.systems.fedcollm import FedCoLlm
 from edge_server.systems.lpfl import LpFl
 from tests import factories
 
@@ -64,6 +80,18 @@ def with_llm(**crosslm: Any) -> RunSettings:
         **crosslm,
     }
     return RunSettings(factories.ENCODER_TASK, "crosslm", AdapterSettings(SPEC.rank, SPEC.alpha), crosslm=CrossLm(**chosen))
+
+
+AUXILIARY = (Example("it was a happy day", 1), Example("a gloomy film", 0), Example("so gloomy", 0))
+
+
+def with_auxiliary(mutual: Mutual = Mutual(passes=3), **averaging: Any) -> RunSettings:  # noqa: B008  # frozen
+    """Three versions of two updates each, distilled; a table [lpfl] that nobody should read, soft labels that nobody uses."""
+    chosen = {"versions": 3, "buffer_size": 2, "evaluate_every": 0, "server_lr": 0.5, "max_examples": 20, "seed": 3, **averaging}
+    both = FedCoLlm("auxiliary.jsonl", LpFl(**{"wait_seconds": 0.25, **chosen}), mutual, LlmSettings(model="simulated"))
+    strange = LpFl(versions=1, buffer_size=1, max_staleness=0, server_lr=3.0, seed=77)
+    adapter = AdapterSettings(SPEC.rank, SPEC.alpha)
+    return RunSettings(factories.ENCODER_TASK, "fedcollm", adapter, strange, fedcollm=both)
 
 
 MOODS = ("gloomy", "happy")  # what a text of each class says
@@ -113,10 +141,20 @@ class Simulator:
             case Tune():
                 save_file({"lesson": np.array([job.seed, len(job.lessons.good)], np.float32)}, job.out)
                 return Tuned(0.5, 0.0)
+            case Distil():
+                known = load_file(job.llm)["seeds"] if job.llm else np.empty(0, np.float32)
+                save_file({"seeds": np.append(known, np.float32(job.seed))}, job.llm_out)
+                save_file(distilled(load_file(job.slm), job.seed), job.slm_out)
+                return Distilled(0.5, 0.25, 0.0)
         raise AssertionError(f"nobody asks for {job}")
 
     async def close(self) -> None:
         self.closed = True
+
+
+def distilled(arrays: Arrays, seed: int) -> dict[str, Array]:
+    """What the simulator makes of the devices' adapter; its LLM remembers the seeds of all its lessons."""
+    return {name: array * np.float32(0.5) + np.float32(seed) for name, array in arrays.items()}
 
 
 def _text(seed: int, prompt: int, i: int) -> str:
@@ -161,9 +199,11 @@ def open_ledger(
     say: Callable[[str], None] = lambda _: None,
     compute: Compute | None = None,
     now: Callable[[], float] = time.time,
+    auxiliary: tuple[Example, ...] = (),
 ) -> Ledger:
     run = run or settings()
-    return Ledger(run, run_settings.manifest(run, factories.bundle()), data, say, compute, now=now)
+    auxiliary = auxiliary or (AUXILIARY if run.system == "fedcollm" else ())
+    return Ledger(run, run_settings.manifest(run, factories.bundle()), data, say, compute, now=now, auxiliary=auxiliary)
 
 
 @dataclass(frozen=True)

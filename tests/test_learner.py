@@ -27,7 +27,7 @@ from edge_sdk.training.batches import Answer, Classes, Guess, Job, Label, Row, S
 from edge_sdk.training.depth import Limits
 from edge_sdk.training.learner import Learner
 from tests import factories, tiny
-from tests.training_helpers import ANSWERS, bench_of, rows_of
+from tests.training_helpers import ANSWERS, answers_of, bench_of, job_of, rows_of
 
 TEXTS = ["a lovely film", "the story was so very dull .", "grim", "the day was nice and it was bright", "a poor phone"]
 MODULES = {
@@ -218,6 +218,93 @@ def test_losses_of_a_teachers_tokens_are_those_of_the_whole_models_logits(pair: 
 
         near(learner.losses(rows).detach(), torch.stack(by_hand).detach())
         same_gradient(gradient(learner, None, [(row, 1.0) for row in rows]), expected)
+
+
+# Before the softmax ---------------------------------------------------------------------------------------------------
+def test_class_scores_are_the_whole_models_with_their_gradient(pair: Pair) -> None:
+    """Of prompts of different lengths in one batch, and in the order asked for; what is learned through them is the same too."""
+    prompts = pair.engine.encoder.prompts(TEXTS)
+    weights = torch.from_numpy(np.random.default_rng(2).normal(size=(len(TEXTS), 2)).astype(np.float32))
+    expected = pair.whole.class_scores(prompts)
+    wanted = gradient(pair.whole, (weights * expected).sum())
+    for layers in pair.depths():
+        learner = pair.split(layers)
+        found = learner.class_scores(prompts)
+
+        near(found.detach(), expected.detach())
+        near(learner.class_scores(prompts[::-1]).detach().flip(0), found.detach(), 1e-4)
+        near(learner.scores(TEXTS), found.detach(), 1e-4)
+        same_gradient(gradient(learner, (weights * found).sum()), wanted)
+
+
+def test_token_scores_are_what_the_whole_model_says_before_each_token(pair: Pair) -> None:
+    """Row t of an answer is the logits at the token before it, over the whole vocabulary; answers stand one after the other."""
+    decoder(pair)
+    rows = answered(pair)
+    starts = [next(iter(vars(row.target).values())) for row in rows]
+    parts = [pair.logits(row.ids)[start - 1 : len(row.ids) - 1] for row, start in zip(rows, starts, strict=True)]
+    weights = torch.from_numpy(np.random.default_rng(2).normal(size=tuple(torch.cat(parts).shape)).astype(np.float32))
+    wanted = gradient(pair.whole, (weights * torch.cat(parts)).sum())
+    for layers in pair.depths():
+        learner = pair.split(layers, ANSWERS)
+        found = learner.token_scores([row.ids for row in rows], starts)
+
+        near(found.detach(), torch.cat(parts).detach())
+        alone = [learner.token_scores([row.ids], [start]) for row, start in zip(rows, starts, strict=True)]
+        near(torch.cat(alone).detach(), found.detach(), 1e-4)
+        same_gradient(gradient(learner, (weights * found).sum()), wanted)
+
+
+def test_scores_of_another_task_are_refused(decoder_bundle: Path) -> None:
+    """Classes of a task of answers, and tokens of a task of classes, are errors that say what the task is."""
+    with pytest.raises(DataError, match="no classes; its answers are text"):
+        bench_of(decoder_bundle, task=ANSWERS).learner.class_scores([[4, 5, 6]])
+    with pytest.raises(DataError, match="the task has classes"):
+        bench_of(decoder_bundle).learner.token_scores([[4, 5, 6]], [2])
+
+
+# Beside an engine -----------------------------------------------------------------------------------------------------
+@dataclass
+class Watched:
+    """An engine that lists which sequences it was asked for hidden states, and where."""
+
+    engine: Engine
+    read: list[tuple[int, ...]]
+    layers: list[int]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def hidden(self, sequences: Sequence[Sequence[int]], split: int) -> list[Array]:
+        self.read += [tuple(ids) for ids in sequences]
+        self.layers.append(split)
+        return self.engine.hidden([list(ids) for ids in sequences], split)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("task", [None, ANSWERS])
+def test_beside_an_engine_it_learns_what_a_split_one_does(decoder_bundle: Path, layers: int, task: Task | None) -> None:
+    """Whatever adapter the engine has: the same bits as `split` on a cache of hidden states, and each text is read once."""
+    bench = bench_of(decoder_bundle, layers=layers, task=task, micro_tokens=512)
+    engine = Watched(open_engine(decoder_bundle, bench.bundle, task), [], [])
+    chosen = task or bench.bundle.task
+    learner = Learner.beside(engine, decoder_bundle, bench.bundle, bench.spec, chosen)
+    torch.set_float32_matmul_precision("highest")
+    every = AdapterSpec(bench.bundle.slots, 2, 4.0)
+    rng = np.random.default_rng(5)
+    engine.set_adapter(Adapter({n: rng.normal(0, 1, s).astype(np.float32) for n, s in every.shapes().items()}, every))
+    job = job_of(bench) if task is None else Job(bench.spec.start(1), [Source(answers_of(bench), 2)], Training(6, 2, 0.01), 0)
+    texts = {tuple(row.ids) for row in job.rows}
+    found, loss = learner.fit(job)
+    again, _ = learner.fit(job)
+    expected, same = bench.learner.fit(job)
+
+    assert loss == same
+    assert all((found[name] == array).all() and (again[name] == array).all() for name, array in expected.items())
+    assert sorted(engine.read) == sorted(texts)  # six steps, twice, and none of them twice
+    assert set(engine.layers) == {bench.bundle.layers - layers}
+    assert learner.trunk is not None
+    assert learner.trunk.missing([list(ids) for ids in texts]) == []  # nothing to be filled before
 
 
 # Batches --------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
+from edge_sdk.tokens import PromptEncoder
 from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
 from edge_server.llm.model import Frozen, Llm, _contrast, _inside
 from edge_server.llm.writing import choose, continuations
@@ -87,6 +89,76 @@ def test_the_cut_model_is_the_model(llm: Llm) -> None:
     assert found == pytest.approx(
         [likelihood(llm, "the film was", "great and lovely"), likelihood(llm, "a day", "sad")], abs=1e-5
     )
+
+
+def shaken(llm: Llm) -> Llm:
+    """With an adapter that changes something."""
+    torch.set_float32_matmul_precision("highest")
+    rng = np.random.default_rng(1)
+    llm.set({name: rng.normal(0, 0.3, array.shape).astype(np.float32) for name, array in llm.get().items()})
+    return llm
+
+
+def gradients(llm: Llm, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, llm.trained))
+
+
+def test_class_scores_are_what_the_whole_model_says_of_the_words(llm: Llm) -> None:
+    """Under an adapter, in a batch of different lengths, twice from one cache: the whole model's logits, and their gradient."""
+    questions = shaken(llm).questions(["the film was great", "so very very very dull and grim", "nice"])
+    words = [llm._tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("bad", "good")]
+    whole = torch.stack([llm._model(torch.tensor([ids])).logits[0, -1, words] for ids in questions])
+    expected = gradients(llm, (whole * torch.arange(6.0).reshape(3, 2)).sum())
+    cache = llm.frozen()
+    for _ in range(2):
+        found = llm.class_scores(questions, cache)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+        for a, b in zip(gradients(llm, (found * torch.arange(6.0).reshape(3, 2)).sum()), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(llm.logits(["nice"])[0], found[2].detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_token_scores_are_what_the_whole_model_says_before_each_token(llm: Llm) -> None:
+    """Row t of an answer is the logits at the token before it, of every token there is; answers stand one after the other."""
+    rows = [shaken(llm)._said("the film was", "great and lovely"), llm._said("a day", "sad"), llm._said("so", "dull .")]
+    whole = torch.cat([llm._model(torch.tensor([ids])).logits[0, at - 1 : -1] for ids, at in rows])
+    found = llm.token_scores([ids for ids, _ in rows], [at for _, at in rows], llm.frozen())
+
+    assert found.shape == (sum(len(ids) - at for ids, at in rows), len(llm._tokenizer))
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(gradients(llm, (found * weights).sum()), gradients(llm, (whole * weights).sum()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_computes_frozen_layers_once(llm: Llm) -> None:
+    """However often a sequence is asked for, and by whatever adapter, it goes through the lower layers once."""
+    runs: list[int] = []
+    cache = Frozen(llm._lower)
+    handle = llm._lower.layers[0].register_forward_hook(lambda _, args, __: runs.append(len(args[0])))
+    some = llm.questions(["a film", "a day", "a film"])
+    llm.class_scores(some, cache)
+    shaken(llm).class_scores([*some, *llm.questions(["so dull"])], cache)
+    handle.remove()
+
+    assert runs == [2, 1]
+
+
+def test_it_speaks_only_its_own_vocabulary(llm: Llm, folder: Path, tmp_path: Path) -> None:
+    """The same tokens with the same ids; a word more, a word less or two that changed places make another language."""
+    words = json.loads((folder / "tokenizer.json").read_text())
+
+    def encoder(change: dict[str, int], gone: str = "") -> PromptEncoder:
+        path = tmp_path / "tokenizer.json"
+        known = {word: i for word, i in {**words["model"]["vocab"], **change}.items() if word != gone}
+        path.write_text(json.dumps({**words, "model": {**words["model"], "vocab": known}}))
+        return PromptEncoder(path, (), (), 64, factories.DECODER_TASK)
+
+    vocabulary = words["model"]["vocab"]
+    assert llm.speaks(encoder({}))
+    assert not llm.speaks(encoder({"new": len(vocabulary)}))
+    assert not llm.speaks(encoder({}, gone="grim"))
+    assert not llm.speaks(encoder({"film": vocabulary["phone"], "phone": vocabulary["film"]}))
 
 
 def test_contrast_by_hand() -> None:

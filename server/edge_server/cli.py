@@ -31,7 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     serve = verbs.add_parser("serve", help="run one federated system until stopped")
     serve.add_argument("--config", type=Path, required=True, help="TOML file of the run, e.g. examples/minilm.toml")
-    serve.add_argument("--bundle", type=Path, required=True, help="folder made by `edge-export bundle`")
+    serve.add_argument(
+        "--bundle",
+        type=Path,
+        required=True,
+        action="append",
+        help="folder made by `edge-export bundle`; with FedMKT again for each model, which devices choose by the folder's name",
+    )
     serve.add_argument("--data", type=Path, required=True, help="folder of this run's events, blobs and versions")
     serve.add_argument("--system", choices=SYSTEMS, help="another system than the file's, with its table of settings")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -80,16 +86,25 @@ async def _serve(args: argparse.Namespace) -> None:
             f"{args.host} is reachable from other machines and devices are not authenticated yet; --trust-network does it"
         )
     settings = run_settings.load(args.config, args.system)
-    bundle = bundles.read(args.bundle)
-    bundles.verify(args.bundle, bundle.files)
-    embed = _embedder(args.bundle, bundle) if settings.system == "crosslm" else None
-    manifest, compute, auxiliary = run_settings.manifest(settings, bundle), None, None
+    if len(args.bundle) > 1 and settings.system != "fedmkt":
+        raise SettingsError(f"{settings.system} averages one model's adapters: give one --bundle; several models need fedmkt")
+    found = {folder: bundles.read(folder) for folder in args.bundle}
+    for folder, bundle in found.items():
+        bundles.verify(folder, bundle.files)
+    folder, *_ = args.bundle
+    embed = _embedder(folder, found[folder]) if settings.system == "crosslm" else None
+    manifest, compute, auxiliary = run_settings.manifest(settings, found[folder]), None, None
     if settings.system == "fedcollm" and (both := settings.fedcollm):
-        compute = LocalCompute(both.llm, settings.task, Slm(str(args.bundle), manifest.adapter))
-        auxiliary = _auxiliary(args.config.parent / both.auxiliary, settings.task)
-    ledger = Ledger(settings, manifest, args.data, _say, compute, embed, auxiliary=auxiliary or ())
-    for name, file in bundle.files.items():
-        ledger.blobs.adopt(args.bundle / name, file.sha256)
+        compute = LocalCompute(both.llm, settings.task, Slm(str(folder), manifest.adapter))
+        auxiliary = _labelled(args.config.parent / both.auxiliary, settings.task, "fedcollm.auxiliary")
+    if settings.system == "fedmkt" and (public := settings.fedmkt):
+        compute = LocalCompute(public.llm, settings.task)
+        auxiliary = _labelled(args.config.parent / public.public, settings.task, "fedmkt.public")
+    others = {each.name: run_settings.manifest(settings, bundle) for each, bundle in found.items() if len(found) > 1}
+    ledger = Ledger(settings, manifest, args.data, _say, compute, embed, auxiliary=auxiliary or (), others=others)
+    for each, bundle in found.items():
+        for name, file in bundle.files.items():
+            ledger.blobs.adopt(each / name, file.sha256)
     runner = web.AppRunner(create_app(ledger), access_log=None, handle_signals=False, shutdown_timeout=5)
     await runner.setup()
     stop = asyncio.Event()
@@ -129,15 +144,15 @@ async def _status(args: argparse.Namespace) -> None:
         print(f"  {device.name}: {device.updates} updates, {device.uploaded_bytes:,} bytes{accuracy}")
 
 
-def _auxiliary(path: Path, task: Task) -> tuple[Example, ...]:
+def _labelled(path: Path, task: Task, setting: str) -> tuple[Example, ...]:
     """The server's own labelled texts. Raises: SettingsError: there are none in this file, or something else."""
     try:
         found = corpus.private(list(corpus.rows(path)), task).labelled
     except (DataError, OSError) as error:
         said = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(f"fedcollm.auxiliary: {path} cannot be used; mend it, or name another file: {said}") from error
+        raise SettingsError(f"{setting}: {path} cannot be used; mend it, or name another file: {said}") from error
     if not found:
-        raise SettingsError(f"fedcollm.auxiliary: {path} has no text with a label that is not held out; add some")
+        raise SettingsError(f"{setting}: {path} has no text with a label that is not held out; add some")
     return found
 
 

@@ -40,6 +40,7 @@ from edge_server.unmasking import Cohort, Failed
 class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="enrolled"):
     device: str
     name: str
+    model: str = ""
 
 
 class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accepted"):
@@ -188,6 +189,7 @@ class Device:
     """What the server remembers of a device; versions are -1 before the first."""
 
     name: str
+    model: str = ""
     trained: int = -1
     evaluated: int = -1
     judged: int = -1
@@ -259,9 +261,9 @@ class State:
 def apply(state: State, event: Event) -> State:
     """The state after `event`, which a decision below has allowed."""
     match event:
-        case Enrolled(device, name):
+        case Enrolled(device, name, model):
             known = state.devices.get(device)
-            return _with_device(state, device, replace(known, name=name) if known else Device(name))
+            return _with_device(state, device, replace(known, name=name, model=model) if known else Device(name, model))
         case Accepted():
             sender = state.devices[event.device]
             state = _with_device(
@@ -324,8 +326,8 @@ def apply(state: State, event: Event) -> State:
             return _with_cohort(state, Failed(_cohort(state).terms.cohort, reason))
 
 
-def enroll(state: State, device: str, name: str) -> Enrolled | None:
-    """The event of a first contact or a new name; None where nothing changes.
+def enroll(state: State, device: str, name: str, model: str = "") -> Enrolled | None:
+    """The event of a first contact, a new name or another model; None where nothing changes.
 
     Raises:
         WireError: `bad-device`: the id is not 1 to 64 letters, digits or dashes, or the name is too long.
@@ -335,7 +337,7 @@ def enroll(state: State, device: str, name: str) -> Enrolled | None:
     if not 1 <= len(name) <= 64 or not name.isprintable():
         raise WireError("bad-device", "a device name is 1 to 64 printable characters")
     known = state.devices.get(device)
-    return None if known is not None and known.name == name else Enrolled(device, name)
+    return None if known is not None and (known.name, known.model) == (name, model) else Enrolled(device, name, model)
 
 
 def known_device(state: State, device: str) -> Device:

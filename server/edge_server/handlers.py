@@ -41,7 +41,7 @@ async def enroll(request: web.Request) -> web.Response:
     message = decode(await _body(request), Enroll)
     if message.protocol != PROTOCOL:
         raise WireError("wrong-protocol", f"this server speaks protocol {PROTOCOL}, the device {message.protocol}")
-    return _json(encode(await request.app[LEDGER].enroll(message.device, message.name)))
+    return _json(encode(await request.app[LEDGER].enroll(message.device, message.name, message.model)))
 
 
 @routes.post("/v1/work")

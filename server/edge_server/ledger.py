@@ -14,7 +14,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,8 +50,9 @@ from edge_server.endpoint import Endpoint
 from edge_server.knowledge.filters import Embed
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
-from edge_server.systems import crosslm, fedcollm, lpfl
+from edge_server.systems import crosslm, fedcollm, fedmkt, lpfl
 from edge_server.systems.lpfl import LpFl
+from edge_server.tutor import Tutor
 from edge_server.unmasking import Cohort, Failed
 
 RETRY_SECONDS = 60.0
@@ -68,7 +69,8 @@ class Ledger:
         data: folder for the event log, blobs and versions.
         say: told one line per version.
         compute: where the LLM runs, for a system that has one; CrossLM's is a process of its own by default.
-        auxiliary: the server's own labelled texts, for FedCoLLM.
+        auxiliary: the server's own labelled texts, for FedCoLLM; the public ones, for FedMKT.
+        others: what devices with other models are told, by the model's name, for FedMKT.
         embed: finds near duplicates among synthetic texts; None compares words.
         now: seconds since the epoch.
 
@@ -86,13 +88,16 @@ class Ledger:
         embed: Embed | None = None,
         now: Callable[[], float] = time.time,
         auxiliary: tuple[Example, ...] = (),
+        others: Mapping[str, Manifest] | None = None,
     ) -> None:
         both = settings.fedcollm if settings.system == "fedcollm" else None
         if both is not None and (compute is None or not auxiliary):
             raise SettingsError("fedcollm needs a process for its models, and labelled texts in the file fedcollm.auxiliary")
         self._open = contextlib.ExitStack()
         self._open.enter_context(files.held(data, "edge-server"))
-        self.manifest = msgspec.structs.replace(manifest, run=_run_of(data / "run.json", settings, manifest))
+        run = _run_of(data / "run.json", settings, manifest, others or {})
+        self.manifest = msgspec.structs.replace(manifest, run=run)
+        self._others = {name: msgspec.structs.replace(other, run=run) for name, other in (others or {}).items()}
         self.blobs = Blobs(data / "blobs")
         self._settings = settings
         self._data = data
@@ -113,10 +118,19 @@ class Ledger:
             writer = Endpoint(llm.llm) if llm.llm.endpoint else None
             self._author = Author(llm, settings.task, self.blobs, compute, embed, now, writer)
         self._distiller = Distiller(both, auxiliary, self.blobs, compute) if both is not None and compute is not None else None
+        self._tutor: Tutor | None = None
+        if (public := settings.fedmkt) is not None and settings.system == "fedmkt":
+            if compute is None or not auxiliary:
+                raise SettingsError("fedmkt needs a process for its LLM, and labelled texts in the file fedmkt.public")
+            self._tutor = Tutor(public, settings.task, auxiliary, self.blobs, compute, now)
+        self._starts: dict[str, str] = {}  # the first adapters of other models
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
         """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it."""
+        for name, other in self._others.items():
+            seed = 0 if self._tutor is None else self._tutor.settings.seed
+            self._starts[name] = await asyncio.to_thread(self.blobs.put, wire.pack_adapter(other.adapter.start(seed)))
         if self.state.version < 0:
             first = self._start()
             await asyncio.to_thread(self._publish_files, 0, first)
@@ -134,22 +148,28 @@ class Ledger:
             return crosslm.start(self._author.settings, spec)
         if self._distiller is not None:
             return fedcollm.start(self._distiller.settings, spec)
+        if self._tutor is not None:
+            return spec.start(self._tutor.settings.seed)
         return lpfl.start(self._settings.lpfl, spec)
 
     async def rest(self) -> None:
         """Ends the LLM's process, where there is one."""
-        for part in (self._author, self._distiller):
+        for part in (self._author, self._distiller, self._tutor):
             if part is not None:
                 await part.compute.close()
 
     def close(self) -> None:
         self._open.close()
 
-    async def enroll(self, device: str, name: str) -> Manifest:
+    async def enroll(self, device: str, name: str, model: str = "") -> Manifest:
+        """Raises: WireError: `bad-device`; `unknown-model`: the run has no such model."""
+        if model and model not in self._others:
+            known = ", ".join(self._others) or "one model only; leave it out"
+            raise WireError("unknown-model", f"this run has {known}", 404)
         async with self._lock:
-            if event := coordinator.enroll(self.state, device, name):
+            if event := coordinator.enroll(self.state, device, name, model):
                 await self._record(event)
-        return self.manifest
+        return self._others[model] if model else self.manifest
 
     def plan(self, device: str, can_train: bool) -> Work:
         known = coordinator.known_device(self.state, device)
@@ -163,6 +183,9 @@ class Ledger:
             return crosslm.plan(self._author.settings, self.state, known, can_train)
         if self._distiller is not None:
             return fedcollm.plan(self._distiller.settings, self.state, known, can_train)
+        if self._tutor is not None:
+            start = self._starts.get(known.model, self.state.adapter)
+            return fedmkt.plan(self._tutor.settings, self.state, known, can_train, start)
         return lpfl.plan(self._settings.lpfl, self.state, known, can_train)
 
     async def take_update(self, incoming: Path, sha256: str) -> Receipt:
@@ -196,7 +219,7 @@ class Ledger:
     async def take_trained(self, trained: Trained, sha256: str) -> Receipt:
         """Raises: WireError: the report is refused."""
         secure = self._secure
-        if self._author is None and secure is None:
+        if self._author is None and self._tutor is None and secure is None:
             raise WireError("wrong-system", f"{self._settings.system} wants what was learned, not only a word of it", 404)
         receipt = await self._take_report(coordinator.keep, trained, sha256)
         if secure is not None:
@@ -248,7 +271,7 @@ class Ledger:
 
     async def take_judgment(self, body: bytes) -> Receipt:
         """Checks a judgment, keeps it, and answers once it is on disk. Raises: WireError: it is refused."""
-        judgment = self._writer.read(body, self.state)
+        judgment = (self._tutor or self._writer).read(body, self.state)
         sha256 = hashlib.sha256(body).hexdigest()
         id = wire.update_id(judgment.device, judgment.version, sha256)
         async with self._lock:
@@ -297,6 +320,8 @@ class Ledger:
             group.create_task(self._keep_doing(self._average, self._full, self._cohort_patience))
             if (author := self._author) is not None:
                 group.create_task(self._keep_doing(lambda: self._llm_step(author), self._news, self._patience))
+            if (tutor := self._tutor) is not None:
+                group.create_task(self._keep_doing(lambda: self._lesson(tutor), self._news, self._patience))
 
     async def _keep_doing(
         self, step: Callable[[], Awaitable[bool]], wake: asyncio.Event, patience: Callable[[], float | None]
@@ -373,9 +398,25 @@ class Ledger:
 
     def _patience(self) -> float | None:
         """Seconds until a deadline may pass; None where only news can change anything."""
-        if self._author is None or not self.state.sheets or (last := self.state.sheets[-1]).judged:
+        if (part := self._author or self._tutor) is None or not self.state.sheets or (last := self.state.sheets[-1]).judged:
             return None
-        return max(last.at + self._author.settings.deadline_seconds - self._now(), 0.01) if last.ballots else None
+        return max(last.at + part.settings.deadline_seconds - self._now(), 0.01) if last.ballots else None
+
+    async def _lesson(self, tutor: Tutor) -> bool:
+        """Lets the LLM learn or answer, or asks devices again; whether there was anything to do."""
+        if (step := fedmkt.due(tutor.settings, self.state, self._now())) is None:
+            return False
+        event = await tutor.carry_out(step, self.state)
+        async with self._lock:
+            await self._record(event)
+        match event:
+            case Written():
+                self._say(f"version {event.sheet}: devices are asked what they make of {event.count} public texts")
+            case Tuned():
+                self._say(f"the LLM learned from {len(self.state.sheets[event.sheet].ballots)} devices, loss {event.loss:.3f}")
+            case Decided():
+                self._say(f"version {self.state.version}: the LLM gets {event.acceptance:.0%} of the public texts right")
+        return True
 
     async def _llm_step(self, author: Author) -> bool:
         """Does what the LLM or its sheets need next; whether there was anything."""
@@ -415,6 +456,8 @@ class Ledger:
             done = crosslm.finished(self._author.settings, self.state)
         elif self._distiller is not None:
             done = fedcollm.finished(self._distiller.settings, self.state)
+        elif self._tutor is not None:
+            done = fedmkt.finished(self._tutor.settings, self.state)
         else:
             done = lpfl.finished(self._settings.lpfl, self.state)
         return coordinator.status(self.state, self._settings.system, done)
@@ -462,9 +505,9 @@ class Ledger:
         return self._data / "versions" / f"{version:04d}"
 
 
-def _run_of(path: Path, settings: RunSettings, manifest: Manifest) -> str:
-    """The run's id: made with the folder, and only for these settings and this bundle."""
-    now = json.loads(msgspec.json.encode({"settings": settings, "manifest": manifest, "protocol": PROTOCOL}))
+def _run_of(path: Path, settings: RunSettings, manifest: Manifest, others: Mapping[str, Manifest]) -> str:
+    """The run's id: made with the folder, and only for these settings and these bundles."""
+    now = json.loads(msgspec.json.encode({"settings": settings, "manifest": manifest, "others": others, "protocol": PROTOCOL}))
     if path.exists():
         try:
             known = json.loads(path.read_bytes())

@@ -17,9 +17,10 @@ from edge_sdk.tasks import Task
 from edge_server.systems import fedcollm
 from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.fedcollm import FedCoLlm
+from edge_server.systems.fedmkt import FedMkt
 from edge_server.systems.lpfl import LpFl
 
-System = Literal["lpfl", "crosslm", "fedcollm"]
+System = Literal["lpfl", "crosslm", "fedcollm", "fedmkt"]
 SYSTEMS: tuple[System, ...] = get_args(System)
 
 
@@ -59,6 +60,7 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lpfl: LpFl = LpFl()
     crosslm: CrossLm | None = None
     fedcollm: FedCoLlm | None = None
+    fedmkt: FedMkt | None = None
 
     def __post_init__(self) -> None:
         if self.system == "crosslm":
@@ -68,6 +70,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise SettingsError("crosslm needs a task with labels, and crosslm.names one name for each, or none")
         if self.system == "fedcollm" and self.fedcollm is None:
             raise SettingsError('system = "fedcollm" needs a table [fedcollm] with at least `auxiliary`')
+        if self.system == "fedmkt" and (self.fedmkt is None or not self.task.labels):
+            raise SettingsError('system = "fedmkt" needs a table [fedmkt] with at least `public`, and a task with labels')
         if (averaged := self.averaged) is None:
             return
         if self.adapter.freeze_a and averaged.average == "products":
@@ -88,6 +92,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return self.crosslm.federated if self.crosslm is not None else None
         if self.system == "fedcollm" and self.fedcollm is not None:
             return fedcollm.averaging(self.fedcollm)
+        if self.system == "fedmkt":
+            return None
         return self.lpfl
 
 
@@ -110,12 +116,14 @@ def load(path: Path, system: str | None = None) -> RunSettings:
 
 def manifest(settings: RunSettings, bundle: Bundle) -> Manifest:
     """What devices are told. Raises: SettingsError: the adapter's modules or layers are not in the bundle."""
-    adapter = settings.adapter
+    adapter, task = settings.adapter, settings.task
+    if settings.system == "fedmkt":  # each kind of model is asked in its own words
+        task = bundle.task
+        if task.labels != settings.task.labels:
+            raise SettingsError(f"a bundle's labels are {', '.join(task.labels)}, the run's {', '.join(settings.task.labels)}")
     if not bundle.slots:
         raise SettingsError("the bundle has no layer that can carry an adapter")
     spec = AdapterSpec(bundle.pick(adapter.modules, adapter.top_layers), adapter.rank, adapter.alpha, adapter.freeze_a)
     if adapter.min_layers > spec.depth:
         raise SettingsError(f"adapter.min_layers = {adapter.min_layers} is more than the {spec.depth} layers of the adapter")
-    return Manifest(
-        PROTOCOL, settings.system, settings.task, spec, bundle, min_layers=adapter.min_layers, min_rank=adapter.min_rank
-    )
+    return Manifest(PROTOCOL, settings.system, task, spec, bundle, min_layers=adapter.min_layers, min_rank=adapter.min_rank)

@@ -1,7 +1,9 @@
 """FedCoLLM and its controls on the ICWSM-14 domains: what do devices gain from the server's LLM, and the LLM from them?
 
 Four devices, one domain each; the server has labelled texts of all four, as many as a device. Their model is SmolLM2 with 12 of
-30 layers (`edge-export shrink`), the LLM SmolLM2-135M-Instruct. Settings come from validation text, accuracy from test text.
+30 layers (`edge-export shrink`), the LLM SmolLM2-135M-Instruct. Two tasks: sentiment, distilled over classes, and the last word
+of a sentence (examples/cloze.py), distilled over tokens and scored by log-likelihood among four. Settings come from validation
+text, accuracy from test text.
 
     zero_shot         both models as they are
     standalone        each device trains on its own labels, as many steps as in all versions
@@ -14,10 +16,11 @@ Four devices, one domain each; the server has labelled texts of all four, as man
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,33 +28,43 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 from rich.table import Table
 from safetensors.numpy import load_file
+from torch import Tensor
+from torch.nn import functional as F
 
 from bench import fleet, mutual, secure
 from bench.report import Result, run_cells, spread
 from edge_sdk import bundle as bundles
-from edge_sdk import wire
+from edge_sdk import verbs, wire
 from edge_sdk.adapters import Arrays
 from edge_sdk.assets import MODELS, resolve
 from edge_sdk.tasks import Example, Private
-from edge_sdk.training.batches import Job, Label, Row, Source, Training
+from edge_sdk.tokens import Ids, PromptEncoder
+from edge_sdk.training.batches import Job, Source, Training, epochs
 from edge_server import settings as run_settings
-from edge_server.llm.jobs import Distil, Labelled, Lessons, Mutual, Tuning
+from edge_server.llm.distil import OfLlm, OfSlm, Partner, partners
+from edge_server.llm.jobs import Distil, Mutual
 from edge_server.llm.worker import Models, do
 from edge_server.systems import fedcollm
 from edge_server.systems.fedcollm import FedCoLlm
+from examples import cloze
+from examples.cloze import Choice
 
 SLM = ("zero_shot", "standalone", "fedavg", "fedavg_server_ce", "lambda0", "fedcollm")
 LLM = ("zero_shot", "auxiliary_only", "centralized", "fedcollm")
 METHODS = (*SLM, "centralized")
 LLM_ROWS = {"auxiliary_only": "lambda0"}  # an LLM that nobody teaches has the server's labels alone
-LABELS, HELD_OUT = 32, 120  # of a device
+TASKS = ("sentiment", "cloze")
+LABELS = 32  # of a device
+HELD_OUT = {"sentiment": 120, "cloze": 60}  # test texts of a device
 
 
 class Cell(NamedTuple):
-    """One method with one seed. `change`: settings to try, by name (bench/fedcollm_settings.py)."""
+    """One method with one seed. `change`: settings to try, by name, e.g. `mutual.weight`."""
 
+    task: str
     seed: int
     method: str
     part: fleet.Part = "test"
@@ -65,6 +78,7 @@ class Place:
     lab: fleet.Lab
     settings: FedCoLlm
     devices: Sequence[Private]
+    choices: Sequence[Sequence[Choice]]
     auxiliary: tuple[Example, ...]
     models: Models
     folder: Path
@@ -93,31 +107,49 @@ def settings_of(cell: Cell) -> FedCoLlm:
 
 
 @cache
-def models() -> tuple[fleet.Lab, Models]:
+def models(task: str) -> tuple[fleet.Lab, Models]:
     """The devices' model and the LLM, loaded once in a process."""
     from edge_server.llm.model import Llm
 
     run = run_file()
+    run = run if task == "sentiment" else msgspec.structs.replace(run, task=cloze.TASK)
     lab = fleet.open_lab(fleet.small_bundle(), run)
-    llm = Llm(resolve(MODELS["smollm2"]), run.task, settings_of(Cell(0, "")).llm)
+    llm = Llm(resolve(MODELS["smollm2"]), run.task, settings_of(Cell(task, 0, "")).llm)
     return lab, Models(llm, lab.lora, next(iter(bundles.read(lab.folder).end), None))
 
 
 def measure(cell: Cell) -> list[dict[str, Any]]:
     """Trains one cell and measures devices' model and LLM; runs in a worker process."""
-    lab, both = models()
-    devices = fleet.devices("by-domain", LABELS, LABELS // 4, HELD_OUT, cell.part, cell.seed)
-    auxiliary = [e for private in devices for e in map(Example, private.unlabelled, private.truths)]
+    lab, both = models(cell.task)
+    devices, choices, auxiliary = _sentiment(cell) if cell.task == "sentiment" else _cloze(cell)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(lab, settings_of(cell), devices, tuple(auxiliary), both, Path(folder))
+        place = Place(lab, settings_of(cell), devices, choices, tuple(auxiliary), both, Path(folder))
         slm, llm = _train(place, cell.method)
     seconds = round(time.perf_counter() - began, 1)
-    row = {"seed": cell.seed, "method": cell.method, "change": dict(cell.change), "seconds": seconds}
+    row = {"task": cell.task, "seed": cell.seed, "method": cell.method, "change": dict(cell.change), "seconds": seconds}
     return [
         *({**row, "model": "slm", **_slm(place, slm)} for _ in (0,) if slm),
         *({**row, "model": "llm", **_llm(place, adapter)} for adapter in (llm,) if adapter is not None),
     ]
+
+
+def _sentiment(cell: Cell) -> tuple[list[Private], list[list[Choice]], list[Example]]:
+    devices = fleet.devices("by-domain", LABELS, LABELS // 4, HELD_OUT[cell.task], cell.part, cell.seed)
+    return devices, [], [e for private in devices for e in map(Example, private.unlabelled, private.truths)]
+
+
+def _cloze(cell: Cell) -> tuple[list[Private], list[list[Choice]], list[Example]]:
+    """Devices with prompts and answers, what they are asked at the end, and the server's share of each domain."""
+    rng = np.random.default_rng(cell.seed)
+    devices, asked, auxiliary = [], [], []
+    for domain in fleet.domains().values():
+        train = cloze.examples([domain.train[i] for i in rng.permutation(len(domain.train))])
+        held = cloze.choices(domain.test if cell.part == "test" else domain.validation, rng)
+        devices.append(Private(tuple(train[:LABELS]), (), (), ()))
+        auxiliary += train[LABELS : LABELS + LABELS // 4]
+        asked.append([held[i] for i in rng.permutation(len(held))[: HELD_OUT[cell.task]]])
+    return devices, asked, auxiliary
 
 
 def _train(place: Place, method: str) -> tuple[Sequence[Arrays], Arrays | None]:
@@ -133,9 +165,8 @@ def _train(place: Place, method: str) -> tuple[Sequence[Arrays], Arrays | None]:
         case "fedavg":
             return [fleet.federate(place.devices, start, lab.spec, how, lab.engine, lab.lora)] * many, None
         case "fedavg_server_ce":
-            return [
-                fleet.federate(place.devices, start, lab.spec, how, lab.engine, lab.lora, after=_server_ce(place))
-            ] * many, None
+            taught = _server_ce(place)
+            return [fleet.federate(place.devices, start, lab.spec, how, lab.engine, lab.lora, after=taught)] * many, None
         case "lambda0" | "fedcollm":
             weight = place.settings.mutual.weight if method == "fedcollm" else 0.0
             distil = _distil(place, msgspec.structs.replace(place.settings.mutual, weight=weight))
@@ -148,9 +179,7 @@ def _train(place: Place, method: str) -> tuple[Sequence[Arrays], Arrays | None]:
 
 def _server_ce(place: Place) -> fleet.After:
     """The server's labels, learned by the averaged adapter; no LLM."""
-    how, encoder = place.settings.mutual, place.lab.engine.encoder
-    prompts = encoder.prompts([e.text for e in place.auxiliary])
-    rows = [Row(ids, Label(e.label)) for ids, e in zip(prompts, place.auxiliary, strict=True) if e.label is not None]
+    how, rows = place.settings.mutual, verbs.private_rows(place.auxiliary, place.lab.engine)
     training = Training(place.steps, how.batch_size, how.slm_learning_rate, dropout=0.0)
 
     def after(version: int, adapter: Arrays) -> Arrays:
@@ -175,19 +204,56 @@ def _distil(place: Place, how: Mutual) -> fleet.After:
 
 
 def _centralized(place: Place) -> Arrays:
-    """The LLM on all labels there are."""
+    """The LLM on all labels there are, in as many passes as the others see the server's."""
     settings, llm = place.settings, place.models.llm
     pooled = [*place.auxiliary, *(e for private in place.devices for e in private.labelled)]
-    labelled = tuple(Labelled(e.text, (float(e.label == 0), float(e.label == 1))) for e in pooled)
-    how, rate = settings.mutual, settings.mutual.llm_learning_rate
-    steps = settings.averaging.versions * how.passes * -(-len(pooled) // how.batch_size)
-    llm.set(llm.start(settings.averaging.seed + 1))
-    llm.tune(Lessons(labelled=labelled), Tuning(steps, how.batch_size, rate, generation=0.0, leash=0.0), settings.averaging.seed)
+    how, seed = settings.mutual, settings.averaging.seed
+    _, student, truths = partners(place.lab.lora, llm, pooled, place.models.end)
+    llm.set(llm.start(seed + 1))
+    for version in range(settings.averaging.versions):
+        fit(student, truths, how.passes, how.batch_size, how.llm_learning_rate, seed + version + 1)
     return llm.get()
 
 
+def fit(model: Partner, truths: Sequence[Tensor], passes: int, batch_size: int, rate: float, seed: int) -> None:
+    """Cross-entropy alone, with the steps of `distil`."""
+    optimizer = torch.optim.AdamW(model.trained, lr=rate, weight_decay=0.0)
+    steps, rng = passes * -(-len(truths) // batch_size), np.random.default_rng(seed)
+    for batch in epochs([1] * len(truths), batch_size, steps, rng):
+        some = batch.tolist()
+        optimizer.zero_grad()
+        F.cross_entropy(model.said(some), torch.cat([truths[i] for i in some])).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.trained, 1.0)
+        optimizer.step()
+
+
+def picked(of: Callable[[list[Ids], list[int]], Partner], encoder: PromptEncoder, asked: Sequence[Choice]) -> float:
+    """How often the true word is the likeliest of four: by the sum of its tokens' log-probabilities."""
+    prompts = encoder.prompts([choice.example.text for choice in asked])
+    answers = [ids for choice in asked for ids in encoder.answers(choice.words, None)]
+    each = len(answers) // len(asked)
+    sequences = [[*prompts[i // each], *ids] for i, ids in enumerate(answers)]
+    model, found = of(sequences, [len(prompts[i // each]) for i in range(len(answers))]), list[float]()
+    with torch.no_grad():
+        for at in range(0, len(answers), 4 * each):
+            some = list(range(at, min(at + 4 * each, len(answers))))
+            said = F.log_softmax(model.said(some), dim=1)
+            tokens = torch.tensor([token for i in some for token in answers[i]])
+            values = said.gather(1, tokens[:, None])[:, 0]
+            for i in some:
+                found.append(float(values[: len(answers[i])].sum()))
+                values = values[len(answers[i]) :]
+    return float((np.array(found).reshape(-1, each).argmax(1) == 0).mean())
+
+
 def _slm(place: Place, own: Sequence[Arrays]) -> dict[str, Any]:
-    spec, engine = place.lab.spec, place.lab.engine
+    spec, engine, lora = place.lab.spec, place.lab.engine, place.lab.lora
+    if place.choices:
+        found = []
+        for adapter, asked in zip(own, place.choices, strict=True):
+            lora.set(adapter)
+            found.append(picked(lambda ids, starts: OfSlm(lora, ids, starts, lora.encoder.vocabulary), lora.encoder, asked))
+        return {"accuracy": statistics.fmean(found), "per_device": found}
     found = [fleet.accuracies(a, spec, [d], engine)[0] for a, d in zip(own, place.devices, strict=True)]
     return {"accuracy": statistics.fmean(found), "per_device": found}
 
@@ -195,6 +261,10 @@ def _slm(place: Place, own: Sequence[Arrays]) -> dict[str, Any]:
 def _llm(place: Place, adapter: Arrays) -> dict[str, Any]:
     llm, known = place.models.llm, [e for private in place.devices for e in private.held_out]
     llm.set(adapter)
+    if place.choices:
+        encoder = place.lab.lora.encoder
+        asked = [choice for own in place.choices for choice in own]
+        return {"accuracy": picked(lambda ids, starts: OfLlm(llm, ids, starts, encoder.vocabulary), encoder, asked)}
     scores = llm.logits([e.text for e in known])
     raw, balanced = mutual.both_ways(scores, [e.label for e in known])
     return {"accuracy": raw, "balanced": balanced}
@@ -202,28 +272,38 @@ def _llm(place: Place, adapter: Arrays) -> dict[str, Any]:
 
 # The bench ------------------------------------------------------------------------------------------------------------
 def run(full: bool) -> Result:
-    """Two seeds; `full`: five."""
-    rows = run_all([Cell(seed, method) for seed in range(5 if full else 2) for method in METHODS])
+    """Two seeds of each task; `full`: five."""
+    rows = run_all([Cell(task, seed, method) for seed in range(5 if full else 2) for task in TASKS for method in METHODS])
     return Result("fedcollm", rows, summary(rows), _table(rows), _targets(rows))
 
 
 def run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Measures all cells: one list of rows."""
     fleet.small_bundle()  # made once, before the workers need it
-    found = run_cells(measure, cells, lambda cell, _: f"seed {cell.seed}, {cell.method}, {dict(cell.change)}", "fedcollm")
+    found = run_cells(
+        measure, cells, lambda cell, _: f"{cell.task}, seed {cell.seed}, {cell.method}, {dict(cell.change)}", "fedcollm"
+    )
     return [row for rows in found for row in rows]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds."""
-    lab, _ = models()
+    """Means over seeds: of sentiment as the acceptance names them, of the last word under `cloze`."""
+    lab, _ = models("sentiment")
     sent = sum(int(np.prod(shape)) for shape in lab.spec.update_shapes().values())
+    first, second = ([r for r in rows if r["task"] == task] for task in TASKS)
+    return {
+        **_summary(first),
+        "llm_balanced": {name: _spread(first, "llm", LLM_ROWS.get(name, name), "balanced") for name in LLM},
+        "cloze": _summary(second),
+        "upload_fraction": sent / lab.parameters,
+        "secure_mean_max_error": secure.error(lab.spec),
+    }
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "slm": {method: _spread(rows, "slm", method) for method in SLM},
         "llm": {name: _spread(rows, "llm", LLM_ROWS.get(name, name)) for name in LLM},
-        "llm_balanced": {name: _spread(rows, "llm", LLM_ROWS.get(name, name), "balanced") for name in LLM},
-        "upload_fraction": sent / lab.parameters,
-        "secure_mean_max_error": secure.error(lab.spec),
     }
 
 
@@ -237,46 +317,56 @@ def _gain(rows: Sequence[dict[str, Any]], model: str, method: str, base: str) ->
     return spread([of[seed, method] - of[seed, base] for seed in sorted({seed for seed, _ in of})])
 
 
+def _there(rows: Sequence[dict[str, Any]], model: str, method: str) -> bool:
+    return any((r["model"], r["method"]) == (model, method) for r in rows)
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="accuracy on test text, mean over devices ± spread over seeds")
-    for head in ("method", "SLM", "LLM", "LLM, balanced"):
-        table.add_column(head, justify="left" if head == "method" else "right")
-    for method in METHODS:
-        told = [
-            _spread(rows, model, method, key) if any((r["model"], r["method"]) == (model, method) for r in rows) else None
-            for model, key in (("slm", "accuracy"), ("llm", "accuracy"), ("llm", "balanced"))
-        ]
-        table.add_row(method.replace("_", " "), *(f"{x['mean']:.3f} ±{x['std']:.3f}" if x else "" for x in told))
+    for head in ("task", "method", "SLM", "LLM"):
+        table.add_column(head, justify="left" if head in ("task", "method") else "right")
+    for task, method in itertools.product(TASKS, METHODS):
+        own = [r for r in rows if r["task"] == task]
+        told = [_spread(own, model, method) if _there(own, model, method) else None for model in ("slm", "llm")]
+        table.add_row(task, method.replace("_", " "), *(f"{x['mean']:.3f} ±{x['std']:.3f}" if x else "" for x in told))
     return table
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of docs/systems/fedcollm.md; a test holds the two together."""
-    lines = ["| method | SLM | LLM |", "| --- | --- | --- |"]
-    for method in METHODS:
-        cells = []
-        for model in ("slm", "llm"):
-            there = any((r["model"], r["method"]) == (model, method) for r in rows)
-            cells.append("{mean:.3f} ± {std:.3f}".format(**_spread(rows, model, method)) if there else "")
-        lines.append(f"| {method.replace('_', ' ')} | {' | '.join(cells)} |")
+    lines = ["| task | method | SLM | LLM |", "| --- | --- | --- | --- |"]
+    for task, method in itertools.product(TASKS, METHODS):
+        own = [r for r in rows if r["task"] == task]
+        cells = [
+            "{mean:.3f} ± {std:.3f}".format(**_spread(own, model, method)) if _there(own, model, method) else ""
+            for model in ("slm", "llm")
+        ]
+        lines.append(f"| {task} | {method.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What is promised, and by how much it is kept or missed; differences are within a seed."""
-    lines = []
-    for base, target in (("fedavg_server_ce", 0.01), ("fedavg", 0.013), ("standalone", 0.013)):
-        gain = _gain(rows, "slm", "fedcollm", base)
-        kept = "kept" if gain["mean"] >= target else "MISSED"
-        lines.append(f"SLM: fedcollm - {base} = {gain['mean']:+.4f} ±{gain['std']:.4f}, target >= {target:+.3f}: {kept}")
-    found = summary(rows)
-    share = found["llm"]["fedcollm"]["mean"] / found["llm"]["centralized"]["mean"]
+    lines, found = [], summary(rows)
+    for task in TASKS:
+        own = [r for r in rows if r["task"] == task]
+        for base, target in (("fedavg_server_ce", 0.01), ("fedavg", 0.013), ("standalone", 0.013)):
+            gain = _gain(own, "slm", "fedcollm", base)
+            kept = "kept" if gain["mean"] >= target else "MISSED"
+            lines.append(
+                f"{task}: SLM, fedcollm - {base} = {gain['mean']:+.4f} ±{gain['std']:.4f}, target >= {target:+.3f}: {kept}"
+            )
+        llm = (found if task == "sentiment" else found["cloze"])["llm"]
+        share = llm["fedcollm"]["mean"] / llm["centralized"]["mean"]
+        lines.append(
+            f"{task}: LLM, fedcollm / centralized (target >= 0.97) = {share:.4g}: {'kept' if share >= 0.97 else 'MISSED'}"
+        )
+        gain = _gain(own, "llm", "fedcollm", "lambda0")
+        lines.append(f"{task}: LLM, fedcollm - the server's labels alone = {gain['mean']:+.4f} ±{gain['std']:.4f}")
     sent, error = found["upload_fraction"], found["secure_mean_max_error"]
     for text, value, good in (
-        ("LLM: fedcollm / centralized (target >= 0.97)", share, share >= 0.97),
         ("share of the SLM's weights that a device sends (target <= 0.0035)", sent, sent <= 0.0035),
         ("largest error of a secure mean (target <= 1e-4)", error, error <= 1e-4),
     ):
         lines.append(f"{text} = {value:.4g}: {'kept' if good else 'MISSED'}")
-    gain = _gain(rows, "llm", "fedcollm", "lambda0")
-    return [*lines, f"LLM: fedcollm - the server's labels alone = {gain['mean']:+.4f} ±{gain['std']:.4f}"]
+    return lines

@@ -64,6 +64,8 @@ START = "start.safetensors"  # the global adapter, where the device's own is ano
 MAX_SHEET = 1 << 24  # bytes of a sheet of synthetic texts
 PAGE = 500  # lines of the feed asked for at a time
 CHECKPOINT = "training.safetensors"
+LESSON = "lesson.jsonl"  # the public texts of the last lesson
+BEFORE = "before.safetensors"  # the device's own adapter as it was when that lesson was begun
 OWN = "own"  # the fact that this device has learned something for itself
 HIDDEN = "hidden.sqlite"
 SPEED = "gflops"  # the fact that holds this device's speed, measured once for each training: it may decide how many layers
@@ -313,6 +315,11 @@ class Agent:
             self._store.post(parcel := await asyncio.to_thread(secure.speak, self._store, manifest, work))
             self._say(f"secure averaging: {secure.told(work)}, {len(parcel.body):,} bytes")
             return
+        if isinstance(work, Train) and work.masked:
+            _secure()  # before anything is downloaded and trained for it
+        if isinstance(work, Finished):  # no cohort will ask again
+            self._store.drop_fact(MEMBER)
+            (self._store.home / UNSEEN).unlink(missing_ok=True)
         if isinstance(work, Finished) and not work.adapter:  # what the device has learned for itself is the result
             self._store.drop_fact(WORK)
             self._store.set_fact("version", str(work.version))
@@ -321,8 +328,8 @@ class Agent:
         own = isinstance(work, Predict) or (isinstance(work, Train) and not work.share and not work.masked)
         apart = own or self._store.fact(OWN) is not None  # what it learned for itself is not overwritten by what all share
         start = await self._adapter(work.adapter, work.version, START if apart else ADAPTER)
-        if isinstance(work, Train) and work.lesson is not None and self._store.fact(OWN) is not None:
-            start = kept_adapter(self._store, await self._enroll()) or start  # it goes on from what it has learned
+        if isinstance(work, Train) and work.lesson is not None:
+            start = await self._onward(work, start)
         if isinstance(work, Finished):
             if apart:
                 await self._keep_better(start, work.version)
@@ -421,10 +428,29 @@ class Agent:
         """The public texts of a lesson. Raises: WireError: they are not as many as there should be."""
         if lesson is None:
             return []
-        lines = wire.unpack_lines(await self._api.blob_bytes(lesson.blob, MAX_SHEET), Sample)
+        if (body := _kept_body(self._store, LESSON)) is None or hashlib.sha256(body).hexdigest() != lesson.blob:
+            body = await self._api.blob_bytes(lesson.blob, MAX_SHEET)
+            await asyncio.to_thread(files.write, self._store.home / LESSON, body)
+        lines = wire.unpack_lines(body, Sample)
         if len(lines) != lesson.count:
             raise WireError("bad-message", f"the lesson has {len(lines)} texts, not the {lesson.count} it was said to have")
         return lines
+
+    async def _onward(self, work: Train, start: dict[str, Array]) -> dict[str, Array]:
+        """Where a lesson begins: at what the device has learned for itself, else at `start`; after a power cut where it began."""
+        if self._store.fact(WORK) != wire.encode(work).decode():
+            (self._store.home / BEFORE).unlink(missing_ok=True)
+            own = _kept_body(self._store) if self._store.fact(OWN) is not None else None
+            if own is not None:
+                await asyncio.to_thread(files.write, self._store.home / BEFORE, own)
+        if (body := _kept_body(self._store, BEFORE)) is None:
+            return start
+        manifest = self._manifest or self._known() or await self._enroll()
+        try:
+            return wire.unpack_adapter(body, manifest.adapter.shapes())
+        except WireError as error:
+            self._say(f"the adapter it had is lost: {error.detail}")
+            return start
 
     async def _train(
         self, work: Train, start: Arrays, private: Private, models: Models, public: list[Sample]
@@ -503,14 +529,19 @@ class Agent:
                 raise SettingsError(
                     f"the server speaks protocol {manifest.protocol}, this device {PROTOCOL}; update the older one"
                 )
+            known, changed = self._known(), ""
             if self._store.fact("run") not in (None, manifest.run):
-                self._say("the server started another run; what belongs to the old one is dropped")
+                changed = "the server started another run"
+            elif known is not None and known.bundle != manifest.bundle:
+                changed = "this device takes part with another model"
+            if changed:
+                self._say(f"{changed}; what belongs to the old one is dropped")
                 self._store.delivered()
                 self._store.drop_fact(WORK)
                 self._store.drop_fact(OWN)
                 self._store.drop_fact(MEMBER)
                 self._store.drop_synthetic()
-                for name in (ADAPTER, START, CHECKPOINT, UNSEEN):
+                for name in (ADAPTER, START, CHECKPOINT, UNSEEN, LESSON, BEFORE):
                     (self._store.home / name).unlink(missing_ok=True)
                 self._store.set_fact("version", "0")
                 self._models = None

@@ -32,9 +32,9 @@ def speak(store: Store, manifest: Manifest, request: Request) -> Parcel:
     """
     member = _member(store)
     if isinstance(request, Join):
-        known = member is not None and member.terms == request.terms
-        member, said = masking.join(request.terms, store.device_id, member.secret if member and known else os.urandom(32))
-        return _say(store, member, said)
+        if member is not None and member.terms == request.terms:  # asked again, it forgets nothing of what it has answered
+            return _say(store, member, masking.join(request.terms, member.device, member.secret)[1])
+        return _say(store, *masking.join(request.terms, store.device_id, os.urandom(32)))
     if member is None:
         raise DataError("this device has lost its keys of the cohort; it takes part in the next one")
     if isinstance(request, SealShares):

@@ -4,15 +4,18 @@
     await Agent(store, simulator, cache, "name").run()
     assert simulator.results[0].num_examples == 16
 
-Set `offline = True` and nothing is reached; put a `WireError` into `refusals` and the next result is refused with it.
+Set `offline = True` and nothing is reached; put a `WireError` into `refusals` and the next result is refused with it. What
+devices say in secure averaging is in `answers`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from edge_sdk.cohort import Advertise, Answer, Reveal, Shares
 from edge_sdk.errors import Unreachable, WireError
 from edge_sdk.judgments import width
 from edge_sdk.protocol import (
@@ -33,6 +36,7 @@ from edge_sdk.protocol import (
 from edge_sdk.transport import Response
 from edge_sdk.wire import (
     JUDGMENT_TYPE,
+    MASKED_TYPE,
     MAX_JSON,
     PROBLEM_TYPE,
     TENSORS_TYPE,
@@ -41,6 +45,7 @@ from edge_sdk.wire import (
     pack_lines,
     unpack,
     unpack_judgment,
+    unpack_masked,
     update_shapes,
 )
 
@@ -61,7 +66,8 @@ class ServerSimulator:
         self.feed: list[Line] | None = []  # of synthetic data; None for a run that has none
         self.sheet: Predict | None = None  # the last one handed out
         self.results: list[Result] = []
-        self.bodies: list[bytes] = []  # of the results, as they came
+        self.answers: list[Answer] = []  # of secure averaging
+        self.bodies: list[bytes] = []  # of results and answers, as they came
         self.requests: list[tuple[str, str]] = []
         self.refusals: list[WireError] = []
         self.offline = False
@@ -111,8 +117,11 @@ class ServerSimulator:
                 if self.refusals:
                     raise self.refusals.pop(0)
                 result = self._result(body, headers.get("Content-Type", ""))
-                self.results.append(result)
                 self.bodies.append(body)
+                if isinstance(result, Answer):
+                    self.answers.append(result)
+                    return encode(Receipt(hashlib.sha256(body).hexdigest(), 0))
+                self.results.append(result)
                 return encode(Receipt(hashlib.sha256(body).hexdigest(), result.version))
             case [query] if query.startswith("synthetic?"):
                 if self.feed is None:
@@ -124,7 +133,7 @@ class ServerSimulator:
             case _:
                 raise WireError("http-404", f"no {path}", 404)
 
-    def _result(self, body: bytes, content_type: str) -> Result:
+    def _result(self, body: bytes, content_type: str) -> Result | Answer:
         if content_type == TENSORS_TYPE:
             return unpack(body, update_shapes(self.manifest))[0]
         if content_type == JUDGMENT_TYPE:
@@ -132,5 +141,9 @@ class ServerSimulator:
                 raise WireError("unknown-sheet", "no sheet was handed out", 409)
             classes = len(self.manifest.task.labels)
             return unpack_judgment(body, lambda _: (sheet.count, width(sheet.form, classes)))[0]
-        report: Result = decode(body, Evaluation | Trained)  # type: ignore[arg-type]  # a union is fine for msgspec
+        if content_type == MASKED_TYPE:
+            length = sum(math.prod(shape) for shape in self.manifest.adapter.update_shapes().values())
+            return unpack_masked(body, length + 1)[0]
+        kinds = Evaluation | Trained | Advertise | Shares | Reveal
+        report: Result | Answer = decode(body, kinds)  # type: ignore[arg-type]  # a union is fine for msgspec
         return report

@@ -86,7 +86,7 @@ def prepare(
     """
     if not private.labelled:
         raise DataError("this device has no labelled text; add some with `edge-agent add`")
-    sources = [Source(_private(private.labelled, engine), training.batch_size)]
+    sources = [Source(private_rows(private.labelled, engine), training.batch_size)]
     metrics: Metrics = {}
     if soft is not None and (count := softlabels.size(soft, version, len(private.unlabelled))):
         engine.set_adapter(Adapter(start, spec))
@@ -202,8 +202,8 @@ def evaluate(adapter: Arrays, spec: AdapterSpec, private: Private, engine: Score
     return len(labels), {"accuracy": accuracy(scores, labels)}
 
 
-def _private(examples: Sequence[Example], engine: Scorer) -> list[Row]:
-    """Rows of labels, or of answers where these are texts."""
+def private_rows(examples: Sequence[Example], engine: Scorer) -> list[Row]:
+    """What to train on: prompts with their labels, or with answers where these are texts."""
     prompts = engine.encoder.prompts([e.text for e in examples])
     if answers := [e.answer for e in examples if e.answer is not None]:
         said = engine.answers(answers)

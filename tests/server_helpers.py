@@ -22,7 +22,7 @@ from edge_sdk import bundle as bundles
 from edge_sdk import wire
 from edge_sdk.adapters import AdapterSpec, Array, Arrays
 from edge_sdk.judgments import encode
-from edge_sdk.protocol import PROTOCOL, Enroll, Judgment, Receipt, Status, Text, Trained, Update
+from edge_sdk.protocol import PROTOCOL, Enroll, Judgment, Manifest, Receipt, Status, Text, Trained, Update
 from edge_sdk.tasks import Example
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, fedbuff
@@ -50,6 +50,7 @@ from edge_server.settings import AdapterSettings, RunSettings
 from edge_server.storage import EventLog
 from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.fedcollm import FedCoLlm
+from edge_server.systems.fedmkt import FedMkt
 from edge_server.systems.lpfl import LpFl
 from tests import factories
 
@@ -92,6 +93,31 @@ def with_auxiliary(mutual: Mutual = Mutual(passes=3), **averaging: Any) -> RunSe
     strange = LpFl(versions=1, buffer_size=1, max_staleness=0, server_lr=3.0, seed=77)
     adapter = AdapterSettings(SPEC.rank, SPEC.alpha)
     return RunSettings(factories.ENCODER_TASK, "fedcollm", adapter, strange, fedcollm=both)
+
+
+# the last of them is meant as nobody would take it
+PUBLIC = (
+    Example("the day was happy", 1),
+    Example("a film that is gloomy", 0),
+    Example("so happy", 1),
+    Example("the phone is gloomy", 0),
+    Example("they say it is happy", 0),
+)
+
+
+def with_public(**fedmkt: Any) -> RunSettings:
+    """Two versions of two answers each over `PUBLIC`."""
+    chosen: dict[str, Any] = {
+        "versions": 2,
+        "answers": 2,
+        "llm_batch_size": 2,
+        "llm": LlmSettings(model="simulated"),
+        "wait_seconds": 0.25,
+        "seed": 3,
+        **fedmkt,
+    }
+    adapter = AdapterSettings(SPEC.rank, SPEC.alpha)
+    return RunSettings(factories.ENCODER_TASK, "fedmkt", adapter, fedmkt=FedMkt("public.jsonl", **chosen))
 
 
 MOODS = ("gloomy", "happy")  # what a text of each class says
@@ -152,6 +178,26 @@ class Simulator:
         self.closed = True
 
 
+class Pupil(Simulator):
+    """A simulator whose LLM is the surer of a text's mood the more lessons it has had, and remembers them: seeds and targets."""
+
+    async def run(self, job: Job) -> Outcome:
+        outcome = await super().run(job)
+        if isinstance(job, Label) and isinstance(outcome, Scores):
+            s = 0.5 * (1 + len(self.lessons(job.adapter)))
+            return Scores(tuple((-s, s) if mood(text) else (s, -s) for text in job.texts))
+        if isinstance(job, Tune) and isinstance(outcome, Tuned):
+            seeds = np.append(self.lessons(job.adapter), np.float32(job.seed))
+            targets = np.array([lesson.probabilities for lesson in job.lessons.labelled], np.float32)
+            save_file({"seeds": seeds, "targets": targets}, job.out)
+        return outcome
+
+    @staticmethod
+    def lessons(adapter: str | Path) -> Array:
+        """The seeds of what this adapter file has learned."""
+        return load_file(adapter)["seeds"] if adapter else np.empty(0, np.float32)
+
+
 def distilled(arrays: Arrays, seed: int) -> dict[str, Array]:
     """What the simulator makes of the devices' adapter; its LLM remembers the seeds of all its lessons."""
     return {name: array * np.float32(0.5) + np.float32(seed) for name, array in arrays.items()}
@@ -200,10 +246,12 @@ def open_ledger(
     compute: Compute | None = None,
     now: Callable[[], float] = time.time,
     auxiliary: tuple[Example, ...] = (),
+    others: Mapping[str, Manifest] | None = None,
 ) -> Ledger:
     run = run or settings()
-    auxiliary = auxiliary or (AUXILIARY if run.system == "fedcollm" else ())
-    return Ledger(run, run_settings.manifest(run, factories.bundle()), data, say, compute, now=now, auxiliary=auxiliary)
+    auxiliary = auxiliary or {"fedcollm": AUXILIARY, "fedmkt": PUBLIC}.get(run.system, ())
+    told = run_settings.manifest(run, factories.bundle())
+    return Ledger(run, told, data, say, compute, now=now, auxiliary=auxiliary, others=others)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from bench import crosslm, fleet, lpfl, mutual
+from bench import crosslm, fleet, lpfl, mutual, secure
 from bench.report import Result, show, spread
 from edge_sdk import bundle as bundles
-from edge_sdk import verbs, wire
+from edge_sdk import masking, verbs, wire
 from edge_sdk.adapters import Adapter, Array, Arrays, add
 from edge_sdk.engines import Sampling, open_engine
 from edge_sdk.judgments import Bytes
@@ -29,7 +29,7 @@ from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Example, Private
 from edge_sdk.training.batches import Job, Training
 from edge_sdk.training.learner import Learner
-from edge_server import coordinator
+from edge_server import coordinator, unmasking
 from edge_server import settings as run_settings
 from edge_server.coordinator import Decided, Enrolled, Published, State, Tuned, Written
 from edge_server.llm import jobs
@@ -503,3 +503,45 @@ def test_targets_that_are_missed() -> None:
         "MiniLM, 32 labels: crosslm - datafree_kd = +0.1250 ±0.0000",
     ]
     assert [line.endswith("kept") for line in lines[:6]] == [True, False, False, True, False, True]
+
+
+# Secure averaging -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("devices", [3, 4, 7])
+def test_a_secure_mean_of_the_bench_is_the_plain_one(devices: int) -> None:
+    """With one device dropped, no element is off by more than is promised, and that is less than 1e-5."""
+    assert 0 < secure.error(factories.SPEC, devices) <= secure.terms_of(devices, 40).error < 1e-5
+
+
+def test_a_cohort_of_the_bench_is_what_server_and_devices_do() -> None:
+    """The last two never send what they masked: the sum is the weighted mean of the rest, and costs what its messages weigh."""
+    rng = np.random.default_rng(3)
+    values, weights = [rng.normal(0, 1, 6).astype(np.float32) for _ in range(5)], [1, 60, 7, 11, 13]
+    ended = secure.run_cohort(secure.terms_of(5, 6), values, weights, 2, seed=4)
+    mean, weight = unmasking.unmask(ended.cohort, ended.vectors)
+
+    assert (ended.cohort.phase, len(ended.vectors), weight) == ("done", 3, 68)
+    assert list(ended.cohort.uploads) == ["d000", "d001", "d002"]
+    assert ended.cohort.adverts.keys() == ended.cohort.shares.keys() == {f"d{i:03d}" for i in range(5)}
+    np.testing.assert_allclose(mean, np.average(values[:3], axis=0, weights=weights[:3]), atol=1e-6, rtol=0)
+    messages = [*ended.cohort.adverts.values(), *ended.cohort.shares.values(), *ended.cohort.reveals.values()]
+    assert ended.sent == sum(len(wire.encode(message)) for message in messages) // 5
+    for value, own, vector in zip(values, weights, ended.vectors, strict=False):
+        assert not (masking.encode(value, own, ended.cohort.terms) == vector).any()
+
+
+def test_too_many_dropouts_end_the_bench() -> None:
+    """A cohort of four with two missing is none, and no row is made of it."""
+    values = [np.zeros(6, np.float32)] * 4
+    with pytest.raises(RuntimeError, match="only 2 devices answered in the phase `upload`"):
+        secure.run_cohort(secure.terms_of(4, 6), values, [1] * 4, 2, seed=0)
+
+
+def test_a_row_of_secure_averaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sums start from the same updates, agree, and the ratio is that of the two times."""
+    monkeypatch.setattr(secure, "SPEC", factories.SPEC)
+    row = secure.measure(4, 1, repeat=1)
+
+    assert (row["devices"], row["dropped"]) == (4, 1)
+    assert row["ratio"] == row["secure_seconds"] / row["plain_seconds"]
+    assert 0 < row["error"] <= 1e-5
+    assert row["protocol_bytes"] > 4 * (44 + 44)

@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.cohort import SEALED, SHARE, Advertise, Masked, Reveal, Shares, Terms
+from edge_sdk.cohort import Answer as Said
 from edge_sdk.errors import WireError
 from edge_sdk.protocol import DeviceStatus, Evaluation, Judgment, Measurement, Receipt, SheetStatus, Status, Trained, Update
 from edge_server import coordinator
 from edge_server.coordinator import (
     Accepted,
+    Answered,
     Ballot,
     Buffered,
     Decided,
@@ -25,14 +28,18 @@ from edge_server.coordinator import (
     Event,
     Judged,
     Kept,
+    Lost,
+    Opened,
     Published,
     Sheet,
     State,
+    Ticked,
     Tuned,
     Withdrawn,
     Written,
     apply,
 )
+from edge_server.unmasking import Cohort, Failed
 from tests import strategies
 
 MAX_STALENESS = 2
@@ -387,6 +394,161 @@ def test_status_tells_of_sheets() -> None:
     assert coordinator.status(state, "crosslm", False).sheets == (SheetStatus(4, 1, 3, 0.75), SheetStatus(9, 1, -1, -1.0))
 
 
+# Secure averaging -----------------------------------------------------------------------------------------------------
+def terms(name: str, size: int = 2) -> Terms:
+    return Terms(name, size, 2, 5, 1.0, 64)
+
+
+def keys(device: str, cohort: str = "c0", first: int = 0) -> Advertise:
+    """Two keys of 32 equal bytes, `first` and the number after it; by default the device's own."""
+    start = first or 10 * int(device[1:])
+    return Advertise(cohort, device, bytes([start]) * 32, bytes([start + 1]) * 32)
+
+
+def sealed(device: str, cohort: str = "c0", others: str = "d1 d2") -> Shares:
+    return Shares(cohort, device, {other: b"s" * SEALED for other in others.split() if other != device})
+
+
+def shown(device: str, cohort: str = "c0", survived: str = "d1 d2", dropped: str = "") -> Reveal:
+    share = b"\0" * SHARE
+    return Reveal(cohort, device, dict.fromkeys(survived.split(), share), dict.fromkeys(dropped.split(), share))
+
+
+def say(message: Said, at: float = 1.0, blob: str = "", size: int = 0) -> Answered:
+    return Answered(message, blob, size, at)
+
+
+OPENED_EVENTS: tuple[Event, ...] = (*AT_0_EVENTS, Opened(terms("c0"), deadline=10.0, seconds=5.0))
+ALL_ANSWERS: tuple[Event, ...] = (
+    say(keys("d1"), 1.0),
+    say(keys("d2"), 2.0),
+    say(sealed("d2"), 3.0),
+    say(sealed("d1"), 4.0),
+    say(Masked("c0", "d1"), 5.0, "blob1", 100),
+    say(Masked("c0", "d2"), 6.0, "blob2", 90),
+    say(shown("d1"), 7.0),
+    say(shown("d2"), 8.0),
+)
+
+
+def cohort_of(state: State) -> Cohort:
+    assert isinstance(state.cohort, Cohort)
+    return state.cohort
+
+
+def test_a_cohort_is_opened_with_its_terms() -> None:
+    """It waits until its deadline, the later phases have the seconds the event says, and cohorts are counted."""
+    state = replay(*OPENED_EVENTS)
+
+    assert state == replace(AT_0, cohort=Cohort(terms("c0"), 10.0), cohorts=1, seconds=5.0)
+
+
+def test_answers_lead_from_phase_to_phase() -> None:
+    """The last answer of a phase begins the next at once, which lasts five seconds from then."""
+    cohorts = [cohort_of(replay(*OPENED_EVENTS, *ALL_ANSWERS[:n])) for n in range(9)]
+
+    assert [(cohort.phase, cohort.deadline) for cohort in cohorts] == [
+        *[("advertise", 10.0)] * 2,
+        *[("share", 7.0)] * 2,
+        *[("upload", 9.0)] * 2,
+        *[("unmask", 11.0)] * 2,
+        ("done", 13.0),
+    ]
+    assert cohorts[-1].uploads == {"d1": "blob1", "d2": "blob2"}
+
+
+def test_only_masked_vectors_count_as_updates() -> None:
+    """An operator sees one update a device and the bytes of its vector, not of its keys."""
+    state = replay(*OPENED_EVENTS, *ALL_ANSWERS)
+
+    assert state.devices == {
+        "d1": Device("one", updates=1, uploaded_bytes=100),
+        "d2": Device("two", updates=1, uploaded_bytes=90),
+    }
+    assert (state.receipts, state.measurements, state.buffer, state.version) == ({}, (), (), 0)
+
+
+def test_a_published_version_ends_its_cohort() -> None:
+    """The keys of both devices are remembered, the cohort is not."""
+    state = replay(*OPENED_EVENTS, *ALL_ANSWERS, Published(1, "a1", 0))
+
+    assert (state.cohort, state.cohorts, state.version) == (None, 1, 1)
+    assert state.keys == {bytes([i]) * 32 for i in (10, 11, 20, 21)}
+
+
+def test_a_tick_ends_a_phase_only_when_its_time_is_over() -> None:
+    """A moment before the deadline nothing happens; at it the cohort goes on, or fails for want of answers."""
+    one, both = replay(*OPENED_EVENTS, ALL_ANSWERS[0]), replay(*OPENED_EVENTS, *ALL_ANSWERS[:4])
+    three = replay(*AT_0_EVENTS, Opened(terms("c0", 3), 10.0, 5.0), *ALL_ANSWERS[:2])
+
+    assert apply(one, Ticked(9.99)) == one
+    assert apply(one, Ticked(10.0)).cohort == Failed(
+        "c0", "only 1 devices answered in the phase `advertise`, this cohort needs 2"
+    )
+    assert apply(one, Ticked(10.0)).keys == {bytes([10]) * 32, bytes([11]) * 32}
+    assert apply(three, Ticked(9.99)) == three
+    assert (cohort_of(apply(three, Ticked(12.0))).phase, cohort_of(apply(three, Ticked(12.0))).deadline) == ("share", 17.0)
+    assert apply(both, Ticked(8.99)) == both
+    assert isinstance(apply(both, Ticked(9.0)).cohort, Failed)
+
+
+def test_a_lost_cohort_is_followed_by_another() -> None:
+    """It stands as failed with its reason; the next one knows nothing of it but its keys."""
+    lost = replay(*OPENED_EVENTS, *ALL_ANSWERS, Lost("the masks do not cancel"))
+    state = apply(lost, Opened(terms("c1"), 30.0, 6.0))
+
+    assert lost.cohort == Failed("c0", "the masks do not cancel")
+    assert state.cohort == Cohort(terms("c1"), 30.0)
+    assert (state.cohorts, state.seconds, state.keys) == (2, 6.0, lost.keys)
+    assert len(state.keys) == 4
+
+
+def test_an_answer_is_taken_once() -> None:
+    """New, it is an event of its bytes and the hour; the same again is none, also phases later; another one is refused."""
+    state, sharing, done = (replay(*OPENED_EVENTS, *ALL_ANSWERS[:n]) for n in (2, 4, 8))
+
+    assert coordinator.answer(state, sealed("d1"), "", 0, 3.5) == say(sealed("d1"), 3.5)
+    assert coordinator.answer(sharing, Masked("c0", "d1"), "b", 9, 4.5) == say(Masked("c0", "d1"), 4.5, "b", 9)
+    assert coordinator.answer(state, keys("d1"), "", 0, 3.5) is None
+    assert coordinator.answer(done, keys("d1"), "", 0, 99.0) is None
+    assert coordinator.answer(done, Masked("c0", "d2"), "blob2", 90, 99.0) is None
+    assert code(lambda: coordinator.answer(state, keys("d1", first=7), "", 0, 3.5)) == ("already-answered", 409)
+    assert code(lambda: coordinator.answer(done, Masked("c0", "d2"), "other", 90, 9.0)) == ("already-answered", 409)
+
+
+def test_an_answer_that_cannot_be_taken_is_refused() -> None:
+    """Strangers, no cohort, a failed one, another one, the wrong phase, and old keys each have their code."""
+    state, done = replay(*OPENED_EVENTS), replay(*OPENED_EVENTS, *ALL_ANSWERS)
+    lost = apply(done, Lost("somebody lied"))
+    second = apply(lost, Opened(terms("c1"), 30.0, 6.0))
+    sharing = replay(*AT_0_EVENTS, Enrolled("d3", "three"), Opened(terms("c0"), 10.0, 5.0), *ALL_ANSWERS[:2])
+
+    def refused(state: State, message: Said) -> tuple[str, int]:
+        return code(lambda: coordinator.answer(state, message, "", 0, 9.0))
+
+    assert refused(state, keys("d9")) == refused(AT_0, keys("d9")) == ("unknown-device", 403)
+    assert refused(AT_0, keys("d1")) == refused(apply(done, Published(1, "a1", 0)), keys("d1")) == ("no-cohort", 409)
+    assert refused(lost, keys("d1")) == ("cohort-failed", 409)
+    assert refused(state, keys("d1", "c1")) == refused(second, keys("d1")) == ("wrong-cohort", 409)
+    assert refused(state, sealed("d1")) == ("too-early", 409)
+    assert refused(sharing, keys("d3")) == ("too-late", 409)
+    assert refused(sharing, sealed("d3", others="d1 d2")) == ("not-in-cohort", 403)
+    assert refused(sharing, sealed("d1", others="d3")) == ("bad-list", 422)
+    for first in (9, 10, 11, 19, 21):  # one of the two was a key of d1 or d2
+        assert refused(second, keys("d2", "c1", first)) == ("bad-keys", 422)
+    assert coordinator.answer(second, keys("d2", "c1", 30), "", 0, 9.0) == say(keys("d2", "c1", 30), 9.0)
+
+
+def test_events_of_a_cohort_survive_the_disk() -> None:
+    """Opened, the four answers, ticks and losses come back from JSON as they were, and replay to the same state."""
+    later = (Lost("x"), Opened(terms("c1"), 20.0, 5.0), say(keys("d1", "c1", 40), 19.0), Ticked(20.5))
+    events = [*OPENED_EVENTS, *ALL_ANSWERS, *later]
+
+    assert [through_json(event) for event in events] == events
+    assert replay(*map(through_json, events)) == replay(*events)
+    assert isinstance(replay(*events).cohort, Failed)
+
+
 # Any sequence ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Enroll:
@@ -648,3 +810,168 @@ def test_sheets_judgments_and_versions_add_up(sequence: list[object]) -> None:
     assert made.state.version == sum(bool(sheet.judged) for sheet in made.state.sheets) == len(made.state.adapters) - 1
     assert made.state.lines == len(made.feed)
     assert all(receipts == [made.state.receipts[id]] * len(receipts) for id, receipts in made.answers.items())
+
+
+# Any sequence of a run with secure averaging --------------------------------------------------------------------------
+PHASES = ("advertise", "share", "upload", "unmask")
+
+
+@dataclass(frozen=True)
+class Speak:
+    """A device answers a phase, of this or the last cohort; `body` tells two answers apart."""
+
+    device: str
+    phase: str
+    body: int = 0
+    late: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Time passes, and the server looks at the deadline, at the sum, which may be a lie, or for the next cohort."""
+
+    seconds: float
+    lied: bool = False
+
+
+speaking = st.builds(
+    Speak,
+    st.sampled_from(["d1", "d2", "d3", "d4", "d9"]),
+    st.sampled_from(PHASES),
+    st.sampled_from([0, 0, 0, 1]),
+    st.sampled_from([False, False, False, True]),
+)
+passing = st.builds(Pass, st.sampled_from([0.5, 1.0, 6.0]), st.booleans())
+
+
+@st.composite
+def cohort_lives(draw: st.DrawFn) -> list[object]:
+    """Up to four cohorts of three devices, of which one may be off from some phase on, with anything at all in between."""
+    moves: list[object] = []
+    for _ in range(draw(st.integers(0, 4))):
+        there = draw(st.permutations(["d1", "d2", "d3", "d4"]))[:3]
+        off = draw(st.sampled_from([*PHASES, "never", "never"]))
+        for phase in PHASES:
+            if phase == off:
+                there = there[: draw(st.sampled_from([1, 2, 2, 2]))]
+            moves += [Speak(device, phase) for device in there]
+            moves += [Pass(6.0)] if phase == off and phase != "unmask" else []
+            moves += draw(st.sampled_from([0, 0, 1]).flatmap(lambda most: st.lists(speaking, max_size=most)))
+        moves += draw(st.lists(passing, max_size=3))
+    return moves + draw(st.lists(speaking | passing, max_size=5))
+
+
+@dataclass
+class Masking:
+    """A run of masked updates, whose cohorts have three places and need two, beside a bookkeeper of keys and vectors."""
+
+    events: list[Event] = field(default_factory=lambda: [Published(0, "a0", 0), *(Enrolled(f"d{i}", "x") for i in range(1, 5))])
+    now: float = 0.0
+    used: dict[bytes, str] = field(default_factory=dict)  # key -> cohort
+    versions: list[tuple[str, ...]] = field(default_factory=list)  # whose vectors made them
+    refused: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.state = replay(*self.events)
+        self._record(Opened(terms("c0", 3), 5.0, 5.0))
+
+    def handle(self, move: object) -> None:
+        match move, self.state.cohort:
+            case Speak(), cohort:
+                there = cohort if isinstance(cohort, Cohort) else Cohort(terms("none"), 0.0)
+                self._speak(move, max(self.state.cohorts - 1 - move.late, 0), there)
+            case Pass(seconds, lied), Cohort() as cohort:
+                self.now += seconds
+                if cohort.phase != "done":
+                    self._record(Ticked(self.now))
+                elif lied:
+                    self._record(Lost("somebody lied"))
+                else:
+                    self.versions.append(tuple(sorted(cohort.uploads)))
+                    self._record(Published(self.state.version + 1, f"a{self.state.version + 1}", 0))
+            case Pass(seconds), _:
+                self.now += seconds
+                self._record(Opened(terms(f"c{self.state.cohorts}", 3), self.now + 5, 5.0))
+
+    def _speak(self, move: Speak, number: int, there: Cohort) -> None:
+        name, dropped = f"c{number}", there.shares.keys() - there.uploads.keys()
+        message: Said
+        match move.phase:
+            case "advertise":
+                own = 2 * int(move.device[1:])  # with `body` the same keys in every cohort
+                message = keys(move.device, name, first=200 + own if move.body else 1 + 20 * (number % 8) + own)
+            case "share":
+                message = sealed(move.device, name, " ".join(there.adverts))
+            case "upload":
+                message = Masked(name, move.device)
+            case _:
+                message = shown(move.device, name, " ".join(there.uploads), " ".join(dropped))
+        blob = f"blob {name} {move.device} {move.body}" if isinstance(message, Masked) else ""
+        try:
+            event = coordinator.answer(self.state, message, blob, 7 * bool(blob), self.now)
+        except WireError as error:
+            self.refused.add(error.code)
+            return
+        if event is not None:
+            self._record(event)
+            if isinstance(message, Advertise):
+                for key in (message.cipher_key, message.mask_key):
+                    assert self.used.setdefault(key, name) == name  # a key is of one cohort
+
+    def _record(self, event: Event) -> None:
+        self.events.append(event)
+        self.state = apply(self.state, event)
+
+
+def mask(sequence: list[object]) -> Masking:
+    made = Masking()
+    for move in sequence:
+        made.handle(move)
+    return made
+
+
+@strategies.fuzzing
+@given(cohort_lives())
+def test_replaying_a_run_of_masked_updates_gives_the_same_state(sequence: list[object]) -> None:
+    """Rule 1 for cohorts, in whatever order devices speak, repeat themselves, or time passes; through JSON."""
+    made = mask(sequence)
+    cohort = {"no-cohort", "cohort-failed", "wrong-cohort", "not-in-cohort", "bad-keys", "bad-list"}
+
+    assert replay(*map(through_json, made.events)) == made.state
+    assert made.refused <= cohort | {"unknown-device", "already-answered", "too-early", "too-late"}
+
+
+@strategies.fuzzing
+@given(cohort_lives())
+def test_cohorts_keys_and_vectors_add_up(sequence: list[object]) -> None:
+    """A version is of two or three devices' vectors; nobody is in a phase that was not in the one before; no key comes again."""
+    made = mask(sequence)
+    said = [event.answer for event in made.events if isinstance(event, Answered)]
+    vectors = [event for event in made.events if isinstance(event, Answered) and event.blob]
+    cohort, under_way = made.state.cohort, f"c{made.state.cohorts - 1}"
+
+    assert len({(type(answer), answer.device, answer.cohort) for answer in said}) == len(said)
+    assert made.state.version == len(made.versions)
+    assert all(2 <= len(version) <= 3 for version in made.versions)
+    assert sum(device.updates for device in made.state.devices.values()) == len(vectors)
+    assert sum(device.uploaded_bytes for device in made.state.devices.values()) == 7 * len(vectors)
+    assert made.state.cohorts == sum(isinstance(event, Opened) for event in made.events)
+    assert made.state.keys == {k for k, name in made.used.items() if name != under_way or not isinstance(cohort, Cohort)}
+    if isinstance(cohort, Cohort):
+        assert cohort.uploads.keys() <= cohort.shares.keys() <= cohort.adverts.keys()
+        assert cohort.reveals.keys() <= cohort.uploads.keys()
+
+
+def test_the_sequences_above_make_versions() -> None:
+    """Such moves lead to versions of three and of two devices, with a cohort between them that was lost."""
+    three: list[object] = [Speak(device, phase) for phase in PHASES for device in ("d1", "d2", "d3")]
+    two: list[object] = []
+    for phase in PHASES:
+        two += [Speak(device, phase) for device in ("d1", "d2", "d3")[: 2 + (phase in PHASES[:2])]]
+        two += [Pass(6.0)] if phase == "upload" else []
+    two.append(Pass(0.0))
+    made = mask([*three, Pass(0.0), Pass(0.0), *three, Pass(0.0, lied=True), Pass(0.0), *two])
+
+    assert made.versions == [("d1", "d2", "d3"), ("d1", "d2")]
+    assert sum(isinstance(event, Lost) for event in made.events) == 1
+    assert made.refused == {"too-late"}  # the last phase waits for two

@@ -7,10 +7,12 @@ import gzip
 import hashlib
 import json
 import random
+import re
+import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ from yarl import URL
 from edge_sdk import wire
 from edge_sdk.adapters import read_peft
 from edge_sdk.bundle import File
-from edge_sdk.errors import Refused
+from edge_sdk.cohort import SEALED, SHARE, Advertise, Join, Mask, Masked, Reveal, SealShares, Shares, Unmask
+from edge_sdk.errors import Refused, WireError
 from edge_sdk.protocol import (
     PROTOCOL,
     Ask,
@@ -41,16 +44,21 @@ from edge_sdk.protocol import (
     Wait,
     Withdraw,
     Withdrawal,
+    Work,
 )
 from edge_sdk.transport import Api, HttpTransport
-from edge_sdk.wire import JSON_TYPE, JUDGMENT_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
+from edge_sdk.wire import JSON_TYPE, JUDGMENT_TYPE, MASKED_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
 from edge_server import handlers
 from edge_server import ledger as ledgers
+from edge_server.cohorts import Secure
 from edge_server.compute import JobFailed
+from edge_server.unmasking import Cohort
 from tests import factories
 from tests import server_helpers as helpers
 from tests.server_helpers import Running, Simulator, judgment, running, settings, sheet, tensors, upload, with_llm, with_message
+from tests.test_secure_ledger import Device
 
+ROOT = Path(__file__).parent.parent
 EVALUATION = {"result": "evaluation", "device": "d2", "version": 3, "num_examples": 20, "metrics": {"accuracy": 0.75}}
 UPDATE = {"result": "update", "device": "d2", "version": 3, "num_examples": 20, "metrics": {"loss": 0.5}}
 DELTA = helpers.delta()
@@ -862,3 +870,302 @@ async def test_an_llm_that_fails_is_told_to_whoever_watches(tmp_path: Path, monk
         await helpers.until(lambda: len(server.ledger.state.sheets) == 1 and not server.ledger.trouble)
         assert (await server.client.get("/healthz")).status == 200
     assert llm.closed
+
+
+# Secure averaging -----------------------------------------------------------------------------------------------------
+UNSEEN = settings(buffer_size=3, secure=Secure(threshold=2))
+
+
+@asynccontextmanager
+async def averaging(data: Path, phase: str = "") -> AsyncIterator[tuple[Running, dict[str, Device]]]:
+    """A run of masked updates with d1, d2 and d3 in a cohort that has just come to a phase, and d4 that is not in it."""
+    async with running(data, UNSEEN) as made:
+        await made.enroll("d1", "d2", "d3", "d4")
+        devices = {id: Device(id) for id in ("d1", "d2", "d3")}
+        while phase and not (isinstance(cohort := made.ledger.state.cohort, Cohort) and cohort.phase == phase):
+            for device in devices.values():
+                if not (isinstance(cohort := made.ledger.state.cohort, Cohort) and cohort.phase == phase):
+                    await device.act(made.ledger)
+        yield made, devices
+
+
+def name_of(server: Running) -> str:
+    assert isinstance(server.ledger.state.cohort, Cohort)
+    return server.ledger.state.cohort.terms.cohort
+
+
+def said(server: Running, device: Device) -> tuple[bytes, str]:
+    """What this device would send next, and its content type."""
+    work = server.ledger.plan(device.id, can_train=True)
+    assert isinstance(work, Join | SealShares | Mask | Unmask)
+    answer, vector = device.say(work)
+    if vector is None or not isinstance(answer, Masked):
+        return encode(answer), JSON_TYPE
+    return wire.pack_masked(answer, vector), MASKED_TYPE
+
+
+async def test_a_cohort_over_http(tmp_path: Path) -> None:
+    """Three devices ask, train, join, share, mask and unmask over the wire, say everything twice, and the version is made."""
+    verbs: dict[str, list[str]] = {"d1": [], "d2": [], "d3": []}
+    async with averaging(tmp_path) as (server, devices):
+        while server.ledger.state.version == 0:
+            for id, device in devices.items():
+                body = await (await post(server, "/v1/work", encode(Ask(id, True)))).read()
+                work: Any = wire.decode(body, Work)  # type: ignore[arg-type]  # a union is fine for msgspec
+                verb = json.loads(body)["verb"]
+                if verb == "wait" or server.ledger.state.version:
+                    continue
+                verbs[id].append(verb)
+                if isinstance(work, Train):
+                    sent, kind = encode(Trained(id, work.version, 1, {})), JSON_TYPE
+                else:
+                    answer, vector = device.say(work)
+                    masked = isinstance(answer, Masked) and vector is not None
+                    sent, kind = (wire.pack_masked(answer, vector), MASKED_TYPE) if masked else (encode(answer), JSON_TYPE)  # type: ignore[arg-type]
+                first = await server.send(sent, kind)
+                again = await post(server, "/v1/results", sent, kind)
+                assert again.status == 409 or wire.decode(await again.read(), Receipt) == first  # the version may be made by now
+        status = await server.status()
+
+    assert verbs["d1"] == ["train", "join", "seal-shares", "mask", "unmask"]
+    assert [d.updates for d in status.devices] == [1, 1, 1, 0]
+    assert {(m.kind, m.num_examples) for m in status.measurements} == {("kept", 1)}
+
+
+NOBODY = {"d1": b"1" * SEALED, "d4": b"4" * SEALED}
+TOO_LARGE = {f"d{i}": b"\xff" * SHARE for i in (1, 2, 3)}
+REFUSED_ANSWERS = [
+    pytest.param("", lambda c: Advertise("c", "d1", b"1" * 32, b"2" * 32), "no-cohort", 409, id="no cohort yet"),
+    pytest.param("advertise", lambda c: Advertise("c", "d1", b"1" * 32, b"2" * 32), "wrong-cohort", 409, id="another cohort"),
+    pytest.param("advertise", lambda c: Advertise(c, "d1", b"1" * 32, b"1" * 32), "bad-keys", 422, id="one key for both"),
+    pytest.param("advertise", lambda c: Advertise(c, "d1", bytes(32), b"1" * 32), "bad-keys", 422, id="a key of low order"),
+    pytest.param("advertise", lambda c: Advertise(c, "d1", b"\xff" * 32, b"1" * 32), "bad-keys", 422, id="no canonical key"),
+    pytest.param("advertise", lambda c: Advertise(c, "d9", b"1" * 32, b"2" * 32), "unknown-device", 403, id="a stranger"),
+    pytest.param("advertise", lambda c: Shares(c, "d1", {}), "too-early", 409, id="shares before keys"),
+    pytest.param("advertise", lambda c: Reveal(c, "d1", {}, {}), "too-early", 409, id="seeds before keys"),
+    pytest.param("share", lambda c: Advertise(c, "d4", b"1" * 32, b"2" * 32), "too-late", 409, id="keys too late"),
+    pytest.param("share", lambda c: Advertise(c, "d1", b"1" * 32, b"2" * 32), "already-answered", 409, id="other keys"),
+    pytest.param("share", lambda c: Shares(c, "d4", NOBODY), "not-in-cohort", 403, id="shares of one that is not in it"),
+    pytest.param("share", lambda c: Shares(c, "d2", {}), "bad-list", 422, id="shares for nobody"),
+    pytest.param("share", lambda c: Shares(c, "d2", NOBODY), "bad-list", 422, id="shares for one that is not in it"),
+    pytest.param("share", lambda c: Shares(c, "d1", {"d1": NOBODY["d1"], "d2": NOBODY["d1"]}), "bad-list", 422, id="for itself"),
+    pytest.param("upload", lambda c: Reveal(c, "d1", {}, {}), "too-early", 409, id="seeds before vectors"),
+    pytest.param("unmask", lambda c: Shares(c, "d4", NOBODY), "not-in-cohort", 403, id="shares too late, and not in it"),
+    pytest.param("unmask", lambda c: Reveal(c, "d1", {}, {}), "bad-list", 422, id="seeds of nobody"),
+    pytest.param("unmask", lambda c: Reveal(c, "d1", {}, TOO_LARGE), "bad-list", 422, id="keys for seeds"),
+    pytest.param("unmask", lambda c: Reveal(c, "d1", TOO_LARGE, {}), "bad-shares", 422, id="too large"),
+    pytest.param("unmask", lambda c: Reveal(c, "d4", {}, {}), "not-in-cohort", 403, id="seeds of one that is not in it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("phase", "make", "code", "status"), REFUSED_ANSWERS)
+async def test_a_bad_answer_is_refused_without_a_trace(tmp_path: Path, phase: str, make: Any, code: str, status: int) -> None:
+    """Whatever is wrong with what a device of a cohort says has its code, and changes nothing."""
+    async with averaging(tmp_path, phase) as (server, _):
+        before = await traces(server)
+        document = await problem(await post(server, "/v1/results", encode(make(name_of(server) if phase else ""))))
+
+        assert (document.code, document.status) == (code, status)
+        assert await traces(server) == before
+
+
+def masked(vector: Any = None, device: str = "d1", cohort: str = "{cohort}", **more: Any) -> bytes:
+    """A masked vector that is good but for these changes."""
+    arrays = {"vector": np.full(41, 7, np.uint32) if vector is None else vector, **more}
+    return bytes(save(arrays, {"message": encode(Masked("COHORT", device)).decode().replace("COHORT", cohort)}))
+
+
+MASKED_HEADER, MASKED_DATA = helpers.parts(masked(cohort="c"))
+U32 = np.uint32
+
+
+def ring(**changes: object) -> bytes:
+    """A masked vector that is good but for what its header says of it."""
+    header = {**MASKED_HEADER, "vector": {**MASKED_HEADER["vector"], **changes}}
+    return tensors(json.dumps(header).replace('\\"c\\"', '\\"{cohort}\\"').encode(), MASKED_DATA)
+
+
+REFUSED_VECTORS = [
+    pytest.param(masked(np.zeros(40, U32)), "wrong-shape", 422, id="an element too few"),
+    pytest.param(masked(np.zeros(42, U32)), "wrong-shape", 422, id="an element too many"),
+    pytest.param(masked(np.zeros(0, U32)), "wrong-shape", 422, id="no element"),
+    pytest.param(masked(np.zeros((1, 41), U32)), "wrong-shape", 422, id="a matrix"),
+    pytest.param(masked(np.zeros(41, np.float32)), "wrong-shape", 422, id="float32"),
+    pytest.param(masked(np.zeros(41, np.int32)), "wrong-shape", 422, id="int32"),
+    pytest.param(masked(np.zeros(41, np.uint64)), "wrong-shape", 422, id="uint64"),
+    pytest.param(masked(more=np.zeros(1, U32)), "wrong-shape", 422, id="a tensor more"),
+    pytest.param(masked(plain=helpers.delta()[A]), "wrong-shape", 422, id="the bare update beside it"),
+    pytest.param(ring(shape=[2**40]), "wrong-shape", 422, id="2^40 elements"),
+    pytest.param(ring(shape=[10**400]), "wrong-shape", 422, id="10^400 elements"),
+    pytest.param(ring(shape=[-41]), "wrong-shape", 422, id="-41 elements"),
+    pytest.param(ring(shape=[]), "wrong-shape", 422, id="no shape"),
+    pytest.param(ring(extra=1), "wrong-shape", 422, id="an extra field of the entry"),
+    pytest.param(ring(data_offsets=[0, 160]), "bad-tensors", 400, id="a span too short"),
+    pytest.param(ring(data_offsets=[4, 168]), "bad-tensors", 400, id="a span beyond the end"),
+    pytest.param(masked() + b"\0", "bad-tensors", 400, id="a byte too many"),
+    pytest.param(masked()[:-1], "bad-tensors", 400, id="a byte too few"),
+    pytest.param(b"", "bad-tensors", 400, id="no body"),
+    pytest.param(encode(Masked("c", "d1")), "bad-tensors", 400, id="JSON"),
+    pytest.param(upload("d1", 0), "bad-message", 400, id="an update"),
+    pytest.param(masked(device="d/1"), "bad-message", 400, id="a device that is no id"),
+    pytest.param(masked(cohort="a cohort"), "bad-message", 400, id="a cohort that is no id"),
+    pytest.param(masked(cohort="other"), "wrong-cohort", 409, id="another cohort"),
+    pytest.param(masked(device="d4"), "not-in-cohort", 403, id="one that is not in it"),
+    pytest.param(masked(device="d9"), "unknown-device", 403, id="a stranger"),
+]
+
+
+@pytest.mark.parametrize(("body", "code", "status"), REFUSED_VECTORS)
+async def test_a_bad_vector_is_refused_without_a_trace(tmp_path: Path, body: bytes, code: str, status: int) -> None:
+    """Whatever is wrong with a masked vector has its code; no blob, no event come of it, and the right one is taken after it."""
+    async with averaging(tmp_path, "upload") as (server, devices):
+        before = await traces(server)
+        document = await problem(await post(server, "/v1/results", of(server, body), MASKED_TYPE))
+
+        assert (document.code, document.status) == (code, status)
+        assert await traces(server) == before
+        await server.send(*said(server, devices["d1"]))
+
+
+def of(server: Running, body: bytes) -> bytes:
+    """The body for the cohort under way."""
+    if b"{cohort}" not in body:
+        return body
+    name = name_of(server).encode()
+    (length,) = struct.unpack("<Q", body[:8])
+    header = body[8 : 8 + length].replace(b"{cohort}", name)
+    return struct.pack("<Q", len(header)) + header + body[8 + length :]
+
+
+async def test_the_refused_vectors_are_wrong_in_one_thing_only(tmp_path: Path) -> None:
+    """The vector the cases above start from is accepted as it is: nobody can see that it is none."""
+    async with averaging(tmp_path, "upload") as (server, _):
+        assert (await post(server, "/v1/results", of(server, masked()), MASKED_TYPE)).status == 200
+        assert (await post(server, "/v1/results", of(server, ring()), MASKED_TYPE)).status == 409  # other bytes of one device
+        assert (await post(server, "/v1/results", of(server, masked(device="d2")), MASKED_TYPE)).status == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_vector_over_the_limit_is_refused(tmp_path: Path, chunked: bool) -> None:
+    """With a Content-Length and without, a masked vector ends where an update does; a compressed one too."""
+    async with averaging(tmp_path, "upload") as (server, _):
+        before = await traces(server)
+        size = 2 * server.ledger.body_limit
+        bomb = gzip.compress(bytes(50 << 20))
+        answers = [
+            await post(server, "/v1/results", chunks(size) if chunked else bytes(size), MASKED_TYPE),
+            await post(server, "/v1/results", bomb, MASKED_TYPE, **{"Content-Encoding": "gzip"}),
+        ]
+
+        assert [(await problem(answer)).code for answer in answers] == ["too-large"] * 2
+        assert await traces(server) == before
+
+
+@pytest.mark.parametrize("kind", [JSON_TYPE, TENSORS_TYPE, JUDGMENT_TYPE])
+async def test_a_vector_under_another_type_is_refused(tmp_path: Path, kind: str) -> None:
+    """A masked vector is known by its content type; as anything else it is nothing."""
+    async with averaging(tmp_path, "upload") as (server, _):
+        before = await traces(server)
+        document = await problem(await post(server, "/v1/results", of(server, masked()), kind))
+
+        assert document.code == ("bad-message" if kind == JSON_TYPE else "wrong-system")
+        assert await traces(server) == before
+
+
+async def test_no_bytes_are_a_server_error(tmp_path: Path) -> None:
+    """300 masked vectors with random bytes changed, cut or doubled, and 100 of nothing but random bytes: none is a 5xx."""
+    rng, codes = random.Random(3), set[str]()
+    async with averaging(tmp_path, "upload") as (server, _):
+        whole = of(server, masked())
+        for i in range(400):
+            body = bytearray(whole if i % 4 else rng.randbytes(rng.randint(0, 300)))
+            if i % 8 == 0:  # behind an honest length
+                body[:8] = struct.pack("<Q", max(len(body) - 8, 0))
+            for _ in range(rng.randint(1, 3) if i % 4 else 0):
+                at = rng.randrange(8 if rng.random() < 0.1 else len(body))
+                match rng.choice(["flip", "cut", "double"]):
+                    case "flip":
+                        body[at] ^= 1 << rng.randrange(8)
+                    case "cut":
+                        del body[at : at + rng.randint(1, 9)]
+                    case _:
+                        body[at:at] = body[at : at + rng.randint(1, 9)]
+            answer = await post(server, "/v1/results", bytes(body), MASKED_TYPE)
+            codes.add("accepted" if answer.status == 200 else (await problem(answer)).code)
+        assert (await server.client.get("/healthz")).status == 200
+
+    assert "internal" not in codes
+    assert {"accepted", "already-answered", "bad-tensors", "wrong-shape", "bad-message"} <= codes
+
+
+async def test_no_damaged_answer_is_a_server_error(tmp_path: Path) -> None:
+    """300 answers in JSON with a random byte changed, cut or doubled, in each of three phases: each is taken or refused."""
+    rng, statuses = random.Random(4), set[int]()
+    for phase in ("advertise", "share", "unmask"):
+        async with averaging(tmp_path / phase, phase) as (server, devices):
+            while isinstance(server.ledger.plan("d3", can_train=True), Train):
+                await devices["d3"].act(server.ledger)
+            whole = said(server, devices["d3"])[0]
+            for _ in range(100):
+                body = bytearray(whole)
+                at = rng.randrange(len(body))
+                match rng.choice(["flip", "cut", "double"]):
+                    case "flip":
+                        body[at] ^= 1 << rng.randrange(8)
+                    case "cut":
+                        del body[at : at + rng.randint(1, 9)]
+                    case _:
+                        body[at:at] = body[at : at + rng.randint(1, 9)]
+                statuses.add((await post(server, "/v1/results", bytes(body))).status)
+
+    assert statuses <= {200, 400, 403, 409, 422}
+    assert {400, 409} <= statuses
+
+
+async def test_a_cohort_that_has_failed_takes_nothing(tmp_path: Path) -> None:
+    """Between a failure and the next cohort a device is told to ask for work; the server that ticks goes on by itself."""
+    hours = [1000.0]
+    ledger = helpers.open_ledger(tmp_path, UNSEEN, now=lambda: hours[0])
+    await ledger.open()
+    for id in ("d1", "d2"):
+        await ledger.enroll(id, id)
+        await ledger.take_trained(Trained(id, 0, 1, {}), "0" * 64)
+    assert isinstance(ledger.state.cohort, Cohort)
+    hours[0] = ledger.state.cohort.deadline
+    keys = Device("d1").say(Join(0, ledger.state.cohort.terms))[0]
+    await ledger.take_answer(keys)
+    with pytest.raises(WireError) as refused:
+        await ledger.take_answer(keys)
+    ledger.close()
+
+    assert (refused.value.code, refused.value.status) == ("cohort-failed", 409)
+    assert "only 1 devices answered in the phase `advertise`" in refused.value.detail
+
+
+DOCUMENTED = (ROOT / "docs/protocol.md").read_text()
+
+
+def test_every_code_that_is_raised_is_documented() -> None:
+    """Each problem code in the source of SDK and server has a row in docs/protocol.md, with a status that the source gives it."""
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| (\d+) \|", DOCUMENTED, re.MULTILINE))
+    folders = (ROOT / "edge_sdk", ROOT / "server/edge_server")
+    source = "\n".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+    raised = set(re.findall(r'WireError\(\s*"([a-z-]+)"', source))
+
+    assert len(raised) > 25
+    assert raised - rows.keys() == set()
+    for code, status in {(param.values[2], str(param.values[3])) for param in REFUSED_ANSWERS}:
+        assert rows[code] == status
+
+
+def test_every_verb_and_content_type_is_documented() -> None:
+    """The tables name what a server may ask and take, and the version that both sides speak."""
+    verbs = {str(kind.__struct_config__.tag) for kind in get_args(Work)}
+
+    assert verbs == set(re.findall(r"^\| `([a-z-]+)` \| `[a-z]", DOCUMENTED, re.MULTILINE))
+    assert "one of the nine verbs" in DOCUMENTED
+    assert len(verbs) == 9
+    for kind in (JSON_TYPE, TENSORS_TYPE, MASKED_TYPE, JUDGMENT_TYPE):
+        assert f"`POST /v1/results`, `{kind}`" in DOCUMENTED
+    assert DOCUMENTED.startswith(f"# The wire, version {PROTOCOL}\n")
+    assert f'"protocol": {PROTOCOL},' in DOCUMENTED

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.cohort import Delivery, Join, Mask, Request, Roster, SealShares, Survivors, Terms, Unmask
 from edge_sdk.protocol import Evaluate, Finished, Predict, Train, Wait
 from edge_sdk.session import (
+    CAME_LATE,
     FIRST_PAUSE,
     LONGEST_PAUSE,
     LONGEST_WAIT,
@@ -43,7 +45,10 @@ TRAIN = Train(1, "ab" * 32, Training(), SoftLabels(), 0)
 EVALUATE = Evaluate(1, "ab" * 32)
 FINISHED = Finished(2, "cd" * 32)
 PREDICT = Predict(0, "ab" * 32, "ef" * 32, 100, 2, "agree")
-WORKS = (TRAIN, PREDICT, EVALUATE, FINISHED)
+TERMS = Terms("c-1", 2, 2, 40, 1.0, 64)
+JOIN = Join(1, TERMS)
+COHORT = (JOIN, SealShares(1, Roster(TERMS, ())), Mask(1, Delivery("c-1", "d", {})), Unmask(1, Survivors("c-1", (), ())))
+WORKS = (TRAIN, PREDICT, EVALUATE, FINISHED, *COHORT)
 
 seconds = st.floats(0, 10_000)
 answers: dict[type, st.SearchStrategy[Any]] = {
@@ -57,10 +62,11 @@ answers: dict[type, st.SearchStrategy[Any]] = {
     Drop: st.just(Woke()),
     Sleep: st.just(Woke()),
 }
-ACTIONS: list[Action] = [AskForWork(), Do(TRAIN), Do(PREDICT), Send(), Drop("too-stale"), Sleep(1.0), Stop()]
+ACTIONS: list[Action] = [AskForWork(), Do(TRAIN), Do(PREDICT), Do(JOIN), Send(), Drop("too-stale"), Sleep(1.0), Stop()]
 EVENTS: list[Event] = [
     Assigned(TRAIN),
     Assigned(PREDICT),
+    Assigned(JOIN),
     Assigned(Wait(1.0)),
     Assigned(FINISHED),
     Worked(),
@@ -103,6 +109,9 @@ def doing(action: Action) -> Session:
         (AskForWork(), Assigned(EVALUATE), Do(EVALUATE)),
         (AskForWork(), Assigned(Wait(2.5)), Sleep(2.5)),
         (AskForWork(), Assigned(FINISHED), Do(FINISHED)),
+        *((AskForWork(), Assigned(work), Do(work)) for work in COHORT),
+        *((Do(work), Worked(), Send()) for work in COHORT),
+        *((Do(work), WorkFailed("its keys are lost"), Sleep(PAUSE_AFTER_FAILED_WORK)) for work in COHORT),
         (Do(FINISHED), Worked(), Stop()),
         (Do(FINISHED), WorkFailed("damaged"), Sleep(PAUSE_AFTER_FAILED_WORK)),
         (AskForWork(), Rejected("unknown-device"), Sleep(PAUSE_AFTER_FAILED_WORK)),
@@ -225,7 +234,7 @@ def test_the_same_action_is_repeated_after_longer_and_longer_pauses(action: Acti
 
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: type(work).__name__)
-def test_work_that_lost_the_network_is_asked_for_again(work: Train | Predict | Evaluate | Finished) -> None:
+def test_work_that_lost_the_network_is_asked_for_again(work: Train | Predict | Evaluate | Finished | Request) -> None:
     """Work whose adapter could not be fetched may be outdated by the time the network is back, so it is asked for anew."""
     assert run(Session(Do(work)), NoAnswer(), Woke()) == [Sleep(0.5), AskForWork()]
 
@@ -263,3 +272,16 @@ def test_work_that_fails_is_tried_again_after_a_minute() -> None:
     actions = run(Session(Do(TRAIN)), WorkFailed("no torch"), Woke(), Assigned(TRAIN), WorkFailed("no torch"))
 
     assert actions == [Sleep(60.0), AskForWork(), Do(TRAIN), Sleep(60.0)]
+
+
+@pytest.mark.parametrize("code", ["too-late", "no-cohort", "wrong-cohort", "cohort-failed", "cohort-full"])
+def test_a_cohort_that_went_on_is_left_at_once(code: str) -> None:
+    """Rule 3: an answer that only came too late is dropped, and what there is to do now is asked for without a pause."""
+    assert code in CAME_LATE
+    assert run(Session(Send()), Rejected(code), Woke()) == [Drop(code), AskForWork()]
+
+
+@pytest.mark.parametrize("code", ["bad-keys", "bad-list", "bad-shares", "not-in-cohort", "too-early", "wrong-shape"])
+def test_an_answer_that_would_be_refused_again_is_not_hurried(code: str) -> None:
+    """Rule 3: where the same request would meet the same refusal, the device waits a minute."""
+    assert run(Session(Send()), Rejected(code), Woke(), Woke()) == [Drop(code), Sleep(PAUSE_AFTER_FAILED_WORK), AskForWork()]

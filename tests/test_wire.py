@@ -24,6 +24,23 @@ from safetensors.numpy import load, save
 
 from edge_sdk import wire
 from edge_sdk.adapters import Array, Arrays
+from edge_sdk.cohort import (
+    MAX_MEMBERS,
+    SEALED,
+    SHARE,
+    Advertise,
+    Delivery,
+    Join,
+    Mask,
+    Masked,
+    Reveal,
+    Roster,
+    SealShares,
+    Shares,
+    Survivors,
+    Terms,
+    Unmask,
+)
 from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.protocol import (
     Ask,
@@ -63,6 +80,8 @@ UPDATE = Update("device", 3, 16, {"loss": 0.25})
 DELTA = factories.SPEC.start(1)
 BODY = wire.pack(UPDATE, DELTA)
 MESSAGE = wire.encode(UPDATE).decode()
+TERMS = Terms("c-1", 4, 3, 40, 1.0, 64)
+KEYS = Advertise("c-1", "d1", b"c" * 32, b"m" * 32)
 DATA_SIZE = 4 * sum(math.prod(shape) for shape in SHAPES.values())
 KINDS: tuple[Any, ...] = (
     Update,
@@ -78,6 +97,10 @@ KINDS: tuple[Any, ...] = (
     Status,
     Line,
     Withdraw,
+    Advertise,
+    Shares,
+    Masked,
+    Reveal,
 )
 
 
@@ -197,6 +220,11 @@ def test_an_evaluation_comes_back(evaluation: Evaluation) -> None:
         Train(2, "ab" * 32, Training(steps=3), SoftLabels(growth=8), 7),
         Train(0, "ab" * 32, Training(), None, 1),
         Train(0, "ab" * 32, Training(), None, 1, synthetic=Mix(7, 0.5, 4, 0.25), share=False),
+        Train(0, "ab" * 32, Training(), None, 1, share=False, masked=True),
+        Join(2, TERMS),
+        SealShares(2, Roster(TERMS, (KEYS,))),
+        Mask(2, Delivery("c-1", "d1", {"d2": b"s" * SEALED})),
+        Unmask(2, Survivors("c-1", ("d1", "d2"), ("d3",))),
         Predict(3, "ab" * 32, "cd" * 32, 1234, 7, "agree"),
         Predict(3, "ab" * 32, "cd" * 32, 1234, 7, "probabilities"),
         Evaluate(4, "cd" * 32),
@@ -710,6 +738,210 @@ def test_damaged_judgments_are_refused_or_valid(body: bytes) -> None:
 def test_judgments_of_any_json_are_refused_or_valid(entry: dict[str, Any], fields: dict[str, Any]) -> None:
     """The invariant holds where any field of the entry or of the message has any JSON value."""
     check_judgment(judged(RIGHT | entry, message=json.dumps(msgspec.to_builtins(JUDGMENT) | fields)))
+
+
+# Masked vectors -------------------------------------------------------------------------------------------------------
+MASKED = Masked("c-1", "d1")
+VECTOR = np.array([1, 2**32 - 1, 0x04030201], np.uint32)
+PACKED = wire.pack_masked(MASKED, VECTOR)
+RING = {"dtype": "U32", "shape": [3], "data_offsets": [0, 12]}
+
+
+def masked(entry: object, data: bytes = VECTOR.tobytes(), message: str = wire.encode(MASKED).decode(), **more: Any) -> bytes:
+    """A masked vector with this entry for its tensor."""
+    return framed(json.dumps({"__metadata__": {"message": message}, "vector": entry, **more}).encode(), data)
+
+
+def check_masked(body: bytes) -> tuple[Masked, Any] | None:
+    """`unpack_masked` under the invariant: a checked value, or None where it raised a WireError that can be told."""
+    found = attempt(lambda: wire.unpack_masked(body, 3))
+    if isinstance(found, WireError):
+        check_refusal(found, {"bad-tensors", "wrong-shape", "bad-message"})
+        return None
+    message, vector = found
+    assert vector.dtype == np.uint32
+    assert vector.shape == (3,)
+    assert wire.decode(wire.encode(message), Masked) == message
+    return found
+
+
+def refused_vector(body: bytes, length: int = 3) -> str:
+    """The code `unpack_masked` refuses with."""
+    with pytest.raises(WireError) as caught:
+        wire.unpack_masked(body, length)
+    check_refusal(caught.value, {caught.value.code})
+    return caught.value.code
+
+
+names = st.from_regex(r"\A[A-Za-z0-9-]{1,64}\Z")
+
+
+@given(st.builds(Masked, names, names), hnp.arrays(np.uint32, st.integers(0, 9)))
+def test_a_masked_vector_comes_back_bit_for_bit(message: Masked, vector: NDArray[np.uint32]) -> None:
+    """unpack_masked is the inverse of pack_masked; the bytes are the same every time, and any safetensors reader's."""
+    body = wire.pack_masked(message, vector)
+    found, read = wire.unpack_masked(body, len(vector))
+
+    assert found == message
+    assert strategies.same({"vector": read}, {"vector": vector})
+    assert strategies.same(load(body), {"vector": vector})
+    assert read.flags.writeable  # its own memory, not the request's
+    assert wire.pack_masked(message, np.repeat(vector, 2)[::2]) == body
+
+
+def test_a_masked_vector_in_bytes() -> None:
+    """Little-endian, 4 bytes an element, one after the other at the end of the file."""
+    assert PACKED[-12:] == bytes.fromhex("01000000 ffffffff 01020304")
+    assert check_masked(masked(RING)) is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (masked(RING, message="{"), "bad-message"),
+        (masked(RING, message=wire.encode(KEYS).decode()), "bad-message"),
+        (masked(RING, message='{"result":"masked","cohort":"c-1","device":"d1","weight":7}'), "bad-message"),
+        (masked(RING, message='{"result":"masked","cohort":"c-1","device":"d 1"}'), "bad-message"),
+        (masked(RING, message='{"result":"masked","cohort":"","device":"d1"}'), "bad-message"),
+        (framed(json.dumps({"vector": RING}).encode(), VECTOR.tobytes()), "bad-message"),
+        (masked(RING, more=RING), "wrong-shape"),
+        (save({"answer": VECTOR}, {"message": wire.encode(MASKED).decode()}), "wrong-shape"),
+        (save({}, {"message": wire.encode(MASKED).decode()}), "wrong-shape"),
+        (save({"vector": VECTOR.astype(np.float32)}, {"message": wire.encode(MASKED).decode()}), "wrong-shape"),
+        (save({"vector": VECTOR.astype(np.int32)}, {"message": wire.encode(MASKED).decode()}), "wrong-shape"),
+        (save({"vector": VECTOR.astype(np.uint64)}, {"message": wire.encode(MASKED).decode()}), "wrong-shape"),
+        (save({"vector": VECTOR[:, None]}, {"message": wire.encode(MASKED).decode()}), "wrong-shape"),
+        (wire.pack_masked(MASKED, VECTOR[:2]), "wrong-shape"),
+        (wire.pack_masked(MASKED, np.append(VECTOR, VECTOR)), "wrong-shape"),
+        (masked(RING | {"strides": [4]}), "wrong-shape"),
+        (masked(RING | {"shape": [10**400]}), "wrong-shape"),
+        (masked(RING | {"shape": [3.0]}), "wrong-shape"),
+        (masked("vector"), "wrong-shape"),
+        (masked(RING | {"data_offsets": [0, 11]}), "bad-tensors"),
+        (masked(RING | {"data_offsets": [4, 16]}, bytes(16)), "bad-tensors"),
+        (masked(RING | {"data_offsets": [-12, 0]}), "bad-tensors"),
+        (masked(RING, bytes(11)), "bad-tensors"),
+        (masked(RING, bytes(13)), "bad-tensors"),
+        (PACKED + b"\0", "bad-tensors"),
+        (PACKED[:-1], "bad-tensors"),
+        (PACKED[:7], "bad-tensors"),
+        (b"", "bad-tensors"),
+    ],
+)
+def test_what_is_no_masked_vector_is_refused(body: bytes, code: str) -> None:
+    """Message, name, type, shape and place are as they must be, or the code says which is not."""
+    assert refused_vector(body) == code
+
+
+def test_a_vector_of_another_adapter_is_refused() -> None:
+    """The cohort's length decides, and the refusal names both."""
+    assert refused_vector(PACKED, 2) == refused_vector(PACKED, 4) == "wrong-shape"
+    with pytest.raises(WireError, match=r"a vector of 4 elements, not \[3\]"):
+        wire.unpack_masked(PACKED, 4)
+
+
+@strategies.fuzzing
+@given(st.binary(max_size=400))
+def test_random_bytes_are_no_masked_vector_or_a_valid_one(body: bytes) -> None:
+    """The invariant holds for any bytes, bare and behind an honest header length."""
+    check_masked(body)
+    check_masked(framed(body, VECTOR.tobytes()))
+
+
+@strategies.fuzzing
+@given(strategies.damaged(PACKED))
+def test_damaged_masked_vectors_are_refused_or_valid(body: bytes) -> None:
+    """The invariant holds for valid masked vectors with bytes changed, lost or added."""
+    check_masked(body)
+
+
+@strategies.fuzzing
+@given(
+    st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "more"]), strategies.json_values, max_size=2),
+    st.dictionaries(st.sampled_from(["result", "cohort", "device", "more"]), strategies.json_values, max_size=2),
+)
+@example({"shape": [10**300]}, {})
+@example({"data_offsets": [0, 10**300]}, {})
+def test_masked_vectors_of_any_json_are_refused_or_valid(entry: dict[str, Any], fields: dict[str, Any]) -> None:
+    """The invariant holds where any field of the entry or of the message has any JSON value."""
+    check_masked(masked(RING | entry, message=json.dumps(msgspec.to_builtins(MASKED) | fields)))
+
+
+# What a cohort's devices say in JSON ----------------------------------------------------------------------------------
+SAID = [
+    KEYS,
+    Shares("c-1", "d1", {"d2": b"s" * SEALED}),
+    MASKED,
+    Reveal("c-1", "d1", {"d1": b"x" * SHARE}, {"d2": b"y" * SHARE}),
+    Shares("c-1", "d1", {f"d{i}": b"s" * SEALED for i in range(MAX_MEMBERS)}),
+]
+
+
+@pytest.mark.parametrize("answer", SAID, ids=lambda answer: type(answer).__name__)
+def test_every_answer_of_a_cohort_comes_back(answer: Any) -> None:
+    """Each kind is told apart by its `result`, alone and among all others; its bytes travel as base64."""
+    kinds: Any = Advertise | Shares | Masked | Reveal
+
+    assert wire.decode(wire.encode(answer), kinds) == wire.decode(wire.encode(answer), type(answer)) == answer
+
+
+def test_the_largest_cohort_fits_into_a_message() -> None:
+    """128 devices with the longest ids: roster, shares, delivery and lists stay below what a message may have."""
+    ids = tuple(f"{i:064}" for i in range(MAX_MEMBERS))
+    of = Terms("c" * 64, MAX_MEMBERS, 65, 40, 1.0, 64)
+    sealed, shares = dict.fromkeys(ids, b"s" * SEALED), dict.fromkeys(ids, b"x" * SHARE)
+    messages: list[msgspec.Struct] = [
+        SealShares(2**60, Roster(of, tuple(Advertise("c" * 64, id, b"c" * 32, b"m" * 32) for id in ids))),
+        Mask(2**60, Delivery("c" * 64, ids[0], sealed)),
+        Unmask(2**60, Survivors("c" * 64, ids, ids)),
+        Shares("c" * 64, ids[0], sealed),
+        Reveal("c" * 64, ids[0], shares, shares),
+    ]
+
+    assert max(len(wire.encode(message)) for message in messages) < MAX_JSON / 10
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        wire.encode(KEYS).replace(b'"d1"', b'"d_1"'),
+        wire.encode(KEYS).replace(b'"d1"', b'""'),
+        wire.encode(KEYS).replace(b'"d1"', b'"' + b"d" * 65 + b'"'),
+        wire.encode(KEYS).replace(b'"c-1"', b'"c\\n1"'),
+        wire.encode(KEYS).replace(b'"c-1"', b'"c-1\\n"'),
+        wire.encode(Advertise("c-1", "d1", b"c" * 31, b"m" * 32)),
+        wire.encode(Advertise("c-1", "d1", b"c" * 32, b"m" * 33)),
+        wire.encode(KEYS).replace(b"Y2Nj", b"Y2N!"),
+        wire.encode(Shares("c-1", "d1", {"d2": b"s" * (SEALED - 1)})),
+        wire.encode(Shares("c-1", "d1", {"d 2": b"s" * SEALED})),
+        wire.encode(Shares("c-1", "d1", {f"d{i}": b"s" * SEALED for i in range(MAX_MEMBERS + 1)})),
+        wire.encode(Reveal("c-1", "d1", {"d1": b"x" * (SHARE + 1)}, {})),
+        wire.encode(Reveal("c-1", "d1", {}, {"d2": b""})),
+        wire.encode(Reveal("c-1", "d1", {}, {f"d{i}": b"x" * SHARE for i in range(MAX_MEMBERS + 1)})),
+        wire.encode(KEYS)[:-1] + b',"admin":true}',
+    ],
+)
+def test_an_answer_of_another_form_is_refused(body: bytes) -> None:
+    """Ids, sizes of keys and shares, and the number of devices have bounds; unknown fields are refused."""
+    kinds: Any = Advertise | Shares | Masked | Reveal
+    with pytest.raises(WireError) as caught:
+        wire.decode(body, kinds)
+    check_refusal(caught.value, {"bad-message"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 1}, {"size": 129}, {"threshold": 2}, {"threshold": 5}, {"length": 0}, {"length": 2**26 + 1}, {"clip": 0.0},
+     {"clip": 1e300}, {"max_weight": 0}, {"max_weight": 2**40}, {"cohort": "c/1"}],
+    ids=str,
+)  # fmt: skip
+def test_terms_that_a_server_must_not_ask_for_are_refused(change: dict[str, Any]) -> None:
+    """A device takes part in no cohort of which a minority could betray it, nor in one that is too coarse or too large."""
+    work: Any = Work
+    body = json.dumps({"verb": "join", "version": 2, "terms": {**msgspec.to_builtins(TERMS), **change}}).encode()
+    with pytest.raises(WireError) as caught:
+        wire.decode(body, work)
+    check_refusal(caught.value, {"bad-message"})
 
 
 # Lines ----------------------------------------------------------------------------------------------------------------

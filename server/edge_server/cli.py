@@ -88,6 +88,9 @@ async def _serve(args: argparse.Namespace) -> None:
     settings = run_settings.load(args.config, args.system)
     if len(args.bundle) > 1 and settings.system != "fedmkt":
         raise SettingsError(f"{settings.system} averages one model's adapters: give one --bundle; several models need fedmkt")
+    names = {folder: folder.absolute().name for folder in args.bundle}
+    if len(set(names.values())) < len(args.bundle):
+        raise SettingsError("devices choose a bundle by its folder's name: each --bundle needs another one")
     found = {folder: bundles.read(folder) for folder in args.bundle}
     for folder, bundle in found.items():
         bundles.verify(folder, bundle.files)
@@ -100,7 +103,7 @@ async def _serve(args: argparse.Namespace) -> None:
     if settings.system == "fedmkt" and (public := settings.fedmkt):
         compute = LocalCompute(public.llm, settings.task)
         auxiliary = _labelled(args.config.parent / public.public, settings.task, "fedmkt.public")
-    others = {each.name: run_settings.manifest(settings, bundle) for each, bundle in found.items() if len(found) > 1}
+    others = {names[each]: run_settings.manifest(settings, bundle) for each, bundle in found.items() if len(found) > 1}
     ledger = Ledger(settings, manifest, args.data, _say, compute, embed, auxiliary=auxiliary or (), others=others)
     for each, bundle in found.items():
         for name, file in bundle.files.items():

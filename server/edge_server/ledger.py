@@ -52,7 +52,7 @@ from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
 from edge_server.systems import crosslm, fedcollm, fedmkt, lpfl
 from edge_server.systems.lpfl import LpFl
-from edge_server.tutor import Tutor
+from edge_server.tutor import Tutor, sheet
 from edge_server.unmasking import Cohort, Failed
 
 RETRY_SECONDS = 60.0
@@ -93,6 +93,11 @@ class Ledger:
         both = settings.fedcollm if settings.system == "fedcollm" else None
         if both is not None and (compute is None or not auxiliary):
             raise SettingsError("fedcollm needs a process for its models, and labelled texts in the file fedcollm.auxiliary")
+        public = settings.fedmkt if settings.system == "fedmkt" else None
+        if public is not None:
+            if compute is None or not auxiliary:
+                raise SettingsError("fedmkt needs a process for its LLM, and labelled texts in the file fedmkt.public")
+            sheet(auxiliary)
         self._open = contextlib.ExitStack()
         self._open.enter_context(files.held(data, "edge-server"))
         run = _run_of(data / "run.json", settings, manifest, others or {})
@@ -119,9 +124,7 @@ class Ledger:
             self._author = Author(llm, settings.task, self.blobs, compute, embed, now, writer)
         self._distiller = Distiller(both, auxiliary, self.blobs, compute) if both is not None and compute is not None else None
         self._tutor: Tutor | None = None
-        if (public := settings.fedmkt) is not None and settings.system == "fedmkt":
-            if compute is None or not auxiliary:
-                raise SettingsError("fedmkt needs a process for its LLM, and labelled texts in the file fedmkt.public")
+        if public is not None and compute is not None:
             self._tutor = Tutor(public, settings.task, auxiliary, self.blobs, compute, now)
         self._starts: dict[str, str] = {}  # the first adapters of other models
         self._troubles: dict[asyncio.Event, str] = {}
@@ -224,7 +227,9 @@ class Ledger:
         receipt = await self._take_report(coordinator.keep, trained, sha256)
         if secure is not None:
             async with self._lock:
-                await self._form_cohort(secure)
+                if trained.version == self.state.version:  # one that comes late has nothing for the next
+                    await self._form_cohort(secure)
+            self._full.set()  # there may be a deadline now
         return receipt
 
     async def take_answer(self, answer: Answer, blob: str = "", size: int = 0, incoming: Path | None = None) -> Receipt:
@@ -328,8 +333,9 @@ class Ledger:
     ) -> None:
         """Does `step` as long as there is one, and again once woken or out of patience."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wake.wait(), RETRY_SECONDS if wake in self._troubles else patience())
+            with contextlib.suppress(TimeoutError):  # wait_for would swallow a cancellation that comes with the news
+                async with asyncio.timeout(RETRY_SECONDS if wake in self._troubles else patience()):
+                    await wake.wait()
             wake.clear()
             try:
                 while await step():
@@ -404,16 +410,17 @@ class Ledger:
 
     async def _lesson(self, tutor: Tutor) -> bool:
         """Lets the LLM learn or answer, or asks devices again; whether there was anything to do."""
-        if (step := fedmkt.due(tutor.settings, self.state, self._now())) is None:
+        if (step := fedmkt.due(tutor.settings, state := self.state, self._now())) is None:
             return False
-        event = await tutor.carry_out(step, self.state)
+        event = await tutor.carry_out(step, state)
         async with self._lock:
             await self._record(event)
         match event:
             case Written():
                 self._say(f"version {event.sheet}: devices are asked what they make of {event.count} public texts")
             case Tuned():
-                self._say(f"the LLM learned from {len(self.state.sheets[event.sheet].ballots)} devices, loss {event.loss:.3f}")
+                heard = fedmkt.heard(tutor.settings, state, event.sheet)
+                self._say(f"the LLM learned from {len(heard)} devices, loss {event.loss:.3f}")
             case Decided():
                 self._say(f"version {self.state.version}: the LLM gets {event.acceptance:.0%} of the public texts right")
         return True

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk import judgments, wire
-from edge_sdk.errors import DataError, WireError
+from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.knowledge import class_targets
 from edge_sdk.protocol import Judgment, Sample, Text
 from edge_sdk.tasks import Example, Task, softmax
@@ -50,7 +50,7 @@ class Tutor:
     async def carry_out(self, step: Step, state: State) -> Written | Decided | Tuned:
         """Raises: JobFailed, DataError, OSError: it cannot be done now."""
         if isinstance(step, AskAll):
-            lines = wire.pack_lines(Text(f"p{i}", e.text, e.label or 0) for i, e in enumerate(self.public))
+            lines = sheet(self.public)
             blob = await asyncio.to_thread(self.blobs.put, lines)
             return Written(step.number, blob, blob, len(lines), len(self.public), "", {}, self.now())
         if isinstance(step, Learn):
@@ -120,3 +120,16 @@ class Tutor:
 
     def _file(self, state: State) -> str:
         return str(self.blobs.file(state.tuned[-1])) if state.tuned else ""
+
+
+def sheet(public: Sequence[Example]) -> bytes:
+    """The public texts as they travel. Raises: SettingsError: one that no device takes, or too many."""
+    texts = [Text(f"p{i}", e.text, e.label or 0) for i, e in enumerate(public)]
+    if len(texts) > wire.MAX_TEXTS:
+        raise SettingsError(f"fedmkt.public: devices take at most {wire.MAX_TEXTS} texts, these are {len(texts)}; leave some out")
+    for text in texts:
+        try:
+            wire.unpack_lines(wire.pack_lines([text]), Text)
+        except WireError as error:
+            raise SettingsError(f"fedmkt.public: text {text.id[1:]} cannot be sent: {error.detail}; make it one line") from error
+    return wire.pack_lines(texts)

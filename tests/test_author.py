@@ -283,7 +283,7 @@ async def test_a_lost_adapter_is_named(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     await desk.whole_sheet(0)
     (tmp_path / desk.state.tuned[0]).unlink()
-    with pytest.raises(DataError, match=f"adapter {desk.state.tuned[0][:12]} is missing"):
+    with pytest.raises(DataError, match=f"blob {desk.state.tuned[0][:12]} is missing"):
         await desk.do(WriteSheet(1))
 
 

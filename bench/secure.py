@@ -41,7 +41,7 @@ class Ended:
 def run_cohort(terms: Terms, values: Sequence[masking.Floats], weights: Sequence[int], dropped: int, seed: int) -> Ended:
     """Every phase, as devices and server go through it; the last `dropped` devices never send what they masked."""
     rng, began = np.random.default_rng(seed), time.process_time()
-    names = [f"d{i:03d}" for i in range(terms.size)]
+    names = [f"{i:032x}" for i in range(terms.size)]  # as long as a device's
     cohort, members, sent = Cohort(terms, 0.0), dict[str, Member](), 0
     for name in names:
         members[name], advert = masking.join(terms, name, rng.bytes(32))
@@ -116,14 +116,15 @@ def measure(devices: int, dropped: int, repeat: int) -> dict[str, Any]:
     bodies = [wire.pack(Update(f"d{i}", 0, w, {}), delta) for i, (w, delta) in enumerate(zip(weights, deltas, strict=True))]
     length = sum(int(np.prod(shape)) for shape in shapes.values())
     ended = run_cohort(terms_of(devices, length), [_flat(delta) for delta in deltas], weights, dropped, devices)
-    blobs, there = [masking.pack(vector) for vector in ended.vectors], devices - dropped
+    blobs = [wire.pack_masked(Masked("bench", "d"), vector) for vector in ended.vectors]
+    there = devices - dropped
 
     def plain() -> dict[str, Array]:
         opened = (wire.unpack(body, lambda _: shapes) for body in bodies[:there])
         return fedbuff(zero, (Contribution(delta, update.num_examples, 0) for update, delta in opened))
 
     def secure() -> masking.Floats:
-        return unmasking.unmask(ended.cohort, (masking.unpack(blob, ended.cohort.terms) for blob in blobs))[0]
+        return unmasking.unmask(ended.cohort, (wire.unpack_masked(blob, length + 1)[1] for blob in blobs))[0]
 
     zero = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     apart = float(np.abs(secure() - _flat(plain())).max())

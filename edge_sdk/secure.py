@@ -49,9 +49,15 @@ def speak(store: Store, manifest: Manifest, request: Request) -> Parcel:
 
 def told(request: Request) -> str:
     """A request in words."""
-    return {"Join": "sent keys", "SealShares": "sent shares", "Mask": "sent what it learned, masked"}.get(
-        type(request).__name__, "helped to take the masks off"
-    )
+    match request:
+        case Join():
+            return "sent keys"
+        case SealShares():
+            return "sent shares"
+        case Mask():
+            return "sent what it learned, masked"
+        case _:
+            return "helped to take the masks off"
 
 
 def _say(store: Store, member: Member, said: Answer, body: bytes = b"") -> Parcel:

@@ -3,7 +3,7 @@
 A model reads a sentence up to its last word of four letters or more, and says that word. Measured is which of four words it
 finds likeliest: the true one and the last words of three other sentences of the domain. Why this task: answers are short, so
 that small devices can train on them; a sentence mostly tells what its last word must be, so that a language model knows something
-of it before any training (SmolLM2-135M picks 8 of 10 right); and it needs no text but what is there already, split as it is.
+of it before any training (docs/LOG.md); and it needs no text but what is there already, split as it is.
 """
 
 from __future__ import annotations

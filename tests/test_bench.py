@@ -520,8 +520,8 @@ def test_a_cohort_of_the_bench_is_what_server_and_devices_do() -> None:
     mean, weight = unmasking.unmask(ended.cohort, ended.vectors)
 
     assert (ended.cohort.phase, len(ended.vectors), weight) == ("done", 3, 68)
-    assert list(ended.cohort.uploads) == ["d000", "d001", "d002"]
-    assert ended.cohort.adverts.keys() == ended.cohort.shares.keys() == {f"d{i:03d}" for i in range(5)}
+    assert list(ended.cohort.uploads) == [f"{i:032x}" for i in range(3)]
+    assert ended.cohort.adverts.keys() == ended.cohort.shares.keys() == {f"{i:032x}" for i in range(5)}
     np.testing.assert_allclose(mean, np.average(values[:3], axis=0, weights=weights[:3]), atol=1e-6, rtol=0)
     messages = [*ended.cohort.adverts.values(), *ended.cohort.shares.values(), *ended.cohort.reveals.values()]
     assert ended.sent == sum(len(wire.encode(message)) for message in messages) // 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +17,12 @@ from edge_sdk.errors import DataError, WireError
 from edge_sdk.protocol import Judgment, Line, Withdrawal
 from edge_sdk.tasks import Task, softmax
 from edge_server import coordinator
-from edge_server.compute import Compute
+from edge_server.compute import Compute, expect
 from edge_server.coordinator import Decided, Sheet, State, Tuned, Written
 from edge_server.knowledge import filters, judging
 from edge_server.knowledge.filters import Embed
 from edge_server.knowledge.judging import Ballot, combine
-from edge_server.llm.jobs import Label, Outcome, Scores, Texts, Tune, Write
+from edge_server.llm.jobs import Label, Scores, Texts, Tune, Write
 from edge_server.llm.jobs import Tuned as Learned
 from edge_server.storage import Blobs
 from edge_server.systems import crosslm
@@ -72,7 +71,7 @@ class Author:
             settings.max_tokens, settings.temperature, settings.top_p, settings.seed * 1_000_000 + number * 1000 + attempt
         )
         job = Write(self._file(adapter), tuple(prompt for prompt, _ in asked), (each,) * len(asked), sampling)
-        outcome = _expect(await (self.writer or self.compute).run(job), Texts)
+        outcome = expect(await (self.writer or self.compute).run(job), Texts)
         drafts = [
             Draft(prompt, label, filters.clean(text))
             for (prompt, label), texts in zip(asked, outcome.texts, strict=True)
@@ -101,7 +100,7 @@ class Author:
         ballots = await asyncio.to_thread(self._ballots, sheet, written)
         if state.tuned and state.tuned[-1] and len(ballots) > 1:  # by then the LLM knows the task, from what it was taught before
             texts = tuple(draft.text for draft in drafts)
-            scores = _expect(await self.compute.run(Label(self._file(state.tuned[-1]), texts)), Scores).scores
+            scores = expect(await self.compute.run(Label(self._file(state.tuned[-1]), texts)), Scores).scores
             ballots.append(judging.guest(softmax(np.array(scores, np.float32)).astype(np.float64), ballots, written))
         judged = crosslm.decide(drafts, combine(ballots, written), self.settings.quality)
         blob = await asyncio.to_thread(self.blobs.put, _pack(judged))
@@ -118,9 +117,8 @@ class Author:
         path = self.blobs.incoming()
         try:
             job = Tune(self._file(before), str(path), lessons, settings.tuning, settings.seed + number)
-            loss = _expect(await self.compute.run(job), Learned).loss
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # some MB
-            await asyncio.to_thread(self.blobs.keep, path, sha256)
+            loss = expect(await self.compute.run(job), Learned).loss
+            sha256 = await asyncio.to_thread(self.blobs.take, path)
         finally:
             path.unlink(missing_ok=True)
         return Tuned(number, sha256, loss)
@@ -131,7 +129,7 @@ class Author:
         if not each:
             return ()
         job = Write("", LEASH_PROMPTS, (each,) * len(LEASH_PROMPTS), Sampling(self.settings.max_tokens, 0.7, 0.95, 1))
-        written = _expect(await self.compute.run(job), Texts).texts
+        written = expect(await self.compute.run(job), Texts).texts
         return tuple(f"{start} {text}" for start, texts in zip(LEASH_PROMPTS, written, strict=True) for text in texts if text)
 
     def lines(self, state: State, done: list[Line]) -> list[Line]:
@@ -198,9 +196,3 @@ class Author:
 
 def _pack(rows: list[Draft] | list[Judged]) -> bytes:
     return msgspec.json.encode(rows)
-
-
-def _expect(outcome: Outcome, kind: type[T]) -> T:
-    if not isinstance(outcome, kind):
-        raise DataError(f"the LLM's process answered {type(outcome).__name__}")
-    return outcome

@@ -8,14 +8,16 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from edge_sdk.assets import MODELS, Asset, resolve
-from edge_sdk.errors import EdgeError
+from edge_sdk.errors import DataError, EdgeError
 from edge_sdk.tasks import Task
 from edge_server.llm.jobs import Failed, Hello, Job, LlmSettings, Outcome, Slm
+
+T = TypeVar("T")
 
 MAX_LINE = 1 << 26
 log = logging.getLogger(__name__)
@@ -113,6 +115,13 @@ class LocalCompute:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+def expect(outcome: Outcome, kind: type[T]) -> T:
+    """Raises: DataError: the process answered another question."""
+    if not isinstance(outcome, kind):
+        raise DataError(f"the LLM's process answered {type(outcome).__name__}")
+    return outcome
 
 
 def _pipes(process: asyncio.subprocess.Process) -> tuple[asyncio.StreamWriter, asyncio.StreamReader]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from edge_sdk import wire
 from edge_sdk.adapters import Array, Arrays
-from edge_sdk.errors import DataError
 from edge_sdk.tasks import Example
-from edge_server.compute import Compute
+from edge_server.compute import Compute, expect
 from edge_server.coordinator import State
 from edge_server.llm.jobs import Distil, Distilled
 from edge_server.storage import Blobs
@@ -49,17 +46,10 @@ class Distiller:
                 self.settings.mutual,
                 self.settings.averaging.seed + state.version + 1,
             )
-            outcome = await self.compute.run(job)
-            if not isinstance(outcome, Distilled):
-                raise DataError(f"the LLM's process answered {type(outcome).__name__}")
+            outcome = expect(await self.compute.run(job), Distilled)
             shapes = {name: array.shape for name, array in averaged.items()}
             learned = wire.unpack_adapter(await asyncio.to_thread(slm_out.read_bytes), shapes)
-            return learned, await asyncio.to_thread(self._keep, llm_out), outcome
+            return learned, await asyncio.to_thread(self.blobs.take, llm_out), outcome
         finally:
             for path in (slm, slm_out, llm_out):
                 path.unlink(missing_ok=True)
-
-    def _keep(self, path: Path) -> str:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # some MB
-        self.blobs.keep(path, sha256)
-        return sha256

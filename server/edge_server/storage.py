@@ -84,6 +84,13 @@ class Blobs:
         incoming.replace(self._folder / sha256)
         files.sync_folder(self._folder)
 
+    def take(self, path: Path) -> str:
+        """Makes a file from `incoming`, filled by somebody else, a blob, and returns its sha256."""
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.keep(path, sha256)
+        return sha256
+
     def put(self, body: bytes) -> str:
         """Keeps bytes and returns their sha256."""
         sha256 = hashlib.sha256(body).hexdigest()

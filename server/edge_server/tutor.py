@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk import judgments, wire
-from edge_sdk.errors import DataError, SettingsError, WireError
+from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.knowledge import class_targets
 from edge_sdk.protocol import Judgment, Sample, Text
 from edge_sdk.tasks import Example, Task, softmax
 from edge_server import coordinator
-from edge_server.compute import Compute
+from edge_server.compute import Compute, expect
 from edge_server.coordinator import Decided, State, Tuned, Written
 from edge_server.llm.jobs import Label, Labelled, Lessons, Scores, Tune, Tuning
 from edge_server.llm.jobs import Tuned as Learned
@@ -68,14 +67,11 @@ class Tutor:
         path = self.blobs.incoming()
         try:
             job = Tune(before, str(path), Lessons(labelled=labelled), tuning, settings.seed + number)
-            outcome = await self.compute.run(job)
-            if not isinstance(outcome, Learned):
-                raise DataError(f"the LLM's process answered {type(outcome).__name__}")
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # some MB
-            await asyncio.to_thread(self.blobs.keep, path, sha256)
+            loss = expect(await self.compute.run(job), Learned).loss
+            sha256 = await asyncio.to_thread(self.blobs.take, path)
         finally:
             path.unlink(missing_ok=True)
-        return Tuned(number, sha256, outcome.loss)
+        return Tuned(number, sha256, loss)
 
     async def _say(self, number: int, state: State) -> Decided:
         """What the LLM makes of the public text; `acceptance` is how much of it it gets right."""
@@ -89,9 +85,7 @@ class Tutor:
         return Decided(number, blob, 0, float(np.mean(said.argmax(1) == self.labels)))
 
     async def _probabilities(self, adapter: str) -> Probabilities:
-        outcome = await self.compute.run(Label(adapter, tuple(e.text for e in self.public)))
-        if not isinstance(outcome, Scores):
-            raise DataError(f"the LLM's process answered {type(outcome).__name__}")
+        outcome = expect(await self.compute.run(Label(adapter, tuple(e.text for e in self.public))), Scores)
         return softmax(np.array(outcome.scores, np.float32))
 
     def _heard(self, number: int, state: State) -> list[Probabilities]:

@@ -55,3 +55,12 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     quoted = [ROOT / path for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", text)]
 
     assert not [str(path) for path in links + quoted if not path.exists()]
+
+
+def test_what_is_said_of_secure_averaging_is_the_committed_result() -> None:
+    """Its cost against plain averaging, without dropouts and with four, comes from docs/results/secure.json."""
+    rows = json.loads((ROOT / "docs/results/secure.json").read_text())["rows"]
+    ratio = {(r["devices"], r["dropped"]): f"{r['ratio']:.2f}" for r in rows}
+    said = " ".join((ROOT / "docs/systems/fedcollm.md").read_text().split())
+
+    assert f"{ratio[32, 0]} times the processor time of plain averaging, with four of them dropped {ratio[32, 4]} times" in said

@@ -21,7 +21,7 @@ from torch import nn
 from edge_export import shrink, source
 from edge_export.bundle import Recipe
 from edge_export.cli import _parser, main
-from edge_export.shrink import Shrinking
+from edge_export.shrink import Row, Shrinking
 from edge_sdk import bundle as bundles
 from edge_sdk.assets import Asset
 from edge_sdk.engines import open_engine
@@ -59,7 +59,7 @@ def teacher(model: Path) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def rows(model: Path) -> list[Ids]:
-    return shrink.rows_of(TEXTS, source.tokenizer_of(model), [], 128)
+    return [row.ids for row in shrink.rows_of(TEXTS, source.tokenizer_of(model), [], 128)]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,10 @@ def run(model: Path, folder: Path, *more: str, texts: str = "\n".join(TEXTS)) ->
     options = ["--layers", "4", "--steps", "20", "--batch-size", "8", "--threads", "1", "--variants", "fp32"]
     files = ["--text", str(folder / "public.txt"), "--task", str(folder / "task.toml"), "--probe", str(factories.PROBE)]
     return main(["shrink", str(model), "-o", str(folder / "out"), *options, *files, *more])
+
+
+def perplexity(model: nn.Module, rows: list[Ids]) -> float:
+    return shrink.judged("", model, [Row(ids, "", 1) for ids in rows]).perplexity
 
 
 def left(folder: Path) -> list[str]:
@@ -187,7 +191,7 @@ def test_perplexity_is_that_of_transformers(teacher: nn.Module, rows: list[Ids])
     losses = [float(whole(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss) for ids in some]
     counts = [len(ids) - 1 for ids in some]
 
-    assert shrink.perplexity(teacher, some) == pytest.approx(np.exp(np.average(losses, weights=counts)), rel=1e-4)
+    assert perplexity(teacher, some) == pytest.approx(np.exp(np.average(losses, weights=counts)), rel=1e-4)
 
 
 # Distillation ---------------------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def test_nothing_is_lost_with_layers_that_do_nothing(teacher: nn.Module, rows: l
     shrink.distil(whole, student, KEPT, rows, settings, lambda done, steps, loss: losses.append(loss))
 
     assert losses == [pytest.approx(0, abs=1e-4)]
-    assert shrink.perplexity(shrink.drop(whole, KEPT), rows) == pytest.approx(shrink.perplexity(whole, rows), rel=1e-4)
+    assert perplexity(shrink.drop(whole, KEPT), rows) == pytest.approx(perplexity(whole, rows), rel=1e-4)
 
 
 def test_distillation_learns_what_it_was_not_shown(teacher: nn.Module, rows: list[Ids]) -> None:
@@ -222,7 +226,7 @@ def test_distillation_learns_what_it_was_not_shown(teacher: nn.Module, rows: lis
     before = shrink.drop(teacher, KEPT)
     after = taught(teacher, learn, SETTINGS)
 
-    assert shrink.perplexity(after, judge) < 0.8 * shrink.perplexity(before, judge)
+    assert perplexity(after, judge) < 0.8 * perplexity(before, judge)
     moved = {name: not torch.equal(p, dict(before.named_parameters())[name]) for name, p in after.named_parameters()}
     assert moved.pop("model.embed_tokens.weight") is False
     assert all(moved.values())
@@ -323,8 +327,26 @@ def test_rows_are_cut_and_begin_as_the_model_wants(model: Path) -> None:
     """The start is counted, and texts without a next token are left out."""
     tokenizer = source.tokenizer_of(model)
 
-    assert [len(row) for row in shrink.rows_of(["the film was great", "film", ""], tokenizer, [], 3)] == [3]
-    assert [row[:1] for row in shrink.rows_of(["the film was great", "film"], tokenizer, [1], 3)] == [[1], [1]]
+    assert [len(row.ids) for row in shrink.rows_of(["the film was great", "film", ""], tokenizer, [], 3)] == [3]
+    assert [row.ids[:1] for row in shrink.rows_of(["the film was great", "film"], tokenizer, [1], 3)] == [[1], [1]]
+
+
+def test_rows_know_what_they_say(model: Path) -> None:
+    """Text and bytes are those of the tokens that are left; the bytes of a first token that nothing predicts are not counted."""
+    tokenizer = source.tokenizer_of(model)
+    first, started = (shrink.rows_of(["the über film was"], tokenizer, prefix, 3)[0] for prefix in ([], [1]))
+
+    assert (first.text, first.size) == ("the über film", len(" über film".encode()))
+    assert (started.text, started.size) == ("the über", len("the über".encode()))
+
+
+def test_nats_per_byte_are_those_of_all_predicted_tokens(teacher: nn.Module, rows: list[Ids]) -> None:
+    """The logarithm of the perplexity, times the tokens predicted, over the bytes they say."""
+    found = shrink.judged("x", teacher, [Row(rows[0], "", 7), Row(rows[40], "", 4)])
+    tokens = len(rows[0]) + len(rows[40]) - 2
+
+    assert found.nats_per_byte == pytest.approx(np.log(found.perplexity) * tokens / 11, rel=1e-6)
+    assert (found.name, found.layers, found.vocabulary) == ("x", LAYERS, tiny.SIZES["vocab_size"])
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -344,6 +366,8 @@ def test_another_architecture_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         (["--layers", "7"], "choose 2 to 6"),
         (["--layers", "1"], "layers must be 2 to 1000"),
         (["--learning-rate", "2"], "learning_rate must be in (0, 1]"),
+        (["--vocabulary", "256"], "vocabulary must be 257 to 1000000"),
+        (["--vocabulary", "300"], "is no byte-level BPE"),
         (["--variants", "int3"], "variant 'int3' does not exist"),
         (["--text", "/nowhere.txt"], "cannot read /nowhere.txt"),
         (["--probe", "/nowhere.jsonl"], "nowhere.jsonl"),
@@ -394,6 +418,8 @@ def test_somebody_elses_files_are_kept(model: Path, tmp_path: Path, capsys: pyte
         {"clip": 0.0},
         {"seed": -1},
         {"threads": 0},
+        *({"vocabulary": n} for n in (-1, 1, 256, 1_000_001)),
+        *({"adapt_steps": n} for n in (-1, 100_001)),
     ],
 )
 def test_settings_have_bounds(wrong: dict[str, Any]) -> None:
@@ -408,7 +434,7 @@ def test_the_command_line_has_the_same_defaults() -> None:
     args: argparse.Namespace = _parser().parse_args(["shrink", "smollm2", "-o", "out", "--layers", "12"])
     settings = Shrinking(12)
 
-    for name in ("layers", "steps", "batch_size", "learning_rate", "seed", "threads"):
+    for name in ("layers", "steps", "batch_size", "learning_rate", "seed", "threads", "vocabulary", "adapt_steps"):
         assert getattr(args, name) == getattr(settings, name)
 
 

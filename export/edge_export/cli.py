@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     shrink.add_argument("--steps", type=int, default=300, help="of the distillation (default: %(default)s)")
     shrink.add_argument("--batch-size", type=int, default=4, help="texts in each step (default: %(default)s)")
     shrink.add_argument("--learning-rate", type=float, default=1e-3, help="at its height (default: %(default)s)")
+    shrink.add_argument(
+        "--vocabulary", type=int, default=0, metavar="TOKENS", help="of a smaller tokenizer of its own (default: the model's)"
+    )
+    shrink.add_argument("--adapt-steps", type=int, default=300, help="of training with that tokenizer (default: %(default)s)")
     shrink.add_argument("--seed", type=int, default=0, help="orders the texts (default: %(default)s)")
     shrink.add_argument("--keep-model", type=Path, help="folder for the shrunk model, the bundle's base (default: OUT-model)")
     shrink.set_defaults(call=_shrink)
@@ -109,7 +113,7 @@ def _bundle(args: argparse.Namespace) -> int:
 def _shrink(args: argparse.Namespace) -> int:
     from edge_export import shrink
 
-    chosen = ("layers", "steps", "batch_size", "learning_rate", "seed", "threads")
+    chosen = ("layers", "steps", "batch_size", "learning_rate", "seed", "threads", "vocabulary", "adapt_steps")
     settings = shrink.Shrinking(**{name: getattr(args, name) for name in chosen})
     texts = shrink.read(args.text) if args.text else None
     with shrink.progress() as (say, tell):

@@ -2,6 +2,7 @@
 
 The emulator of offsite tuning (Xiao et al. 2023), by the recipe of FS-LLM's FedOT (Kuang et al. 2023): layers are kept at an
 even stride over the depth, the first and the last among them; then a short distillation, in which all but the embeddings learns.
+It may then get a smaller vocabulary of its own (`vocabulary.py`), with which all of it learns a little more.
 The model's folder is left beside the bundle: it is the bundle's base, as a downloaded model is that of any other bundle.
 """
 
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,11 +29,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from edge_export import bundle, probe, source
+from edge_export import bundle, probe, source, vocabulary
 from edge_export.bundle import Made, Recipe, Say
 from edge_sdk.assets import Asset, resolve
 from edge_sdk.errors import DataError, SettingsError
@@ -50,6 +52,7 @@ HELD_OUT = 128  # texts, at most
 MICRO_TOKENS = 1024  # whose logits over the whole vocabulary are in memory at a time
 WARM_UP = 0.1  # of the steps
 Tell = Callable[[int, int, float], None]  # steps done, of how many, the last one's loss
+T = TypeVar("T")
 
 
 class Shrinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,6 +71,8 @@ class Shrinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         clip: largest norm of one step's gradient.
         seed: orders the texts.
         threads: for training.
+        vocabulary: tokens of a smaller tokenizer of its own, learnt from the same texts; 0 for the model's.
+        adapt_steps: optimizer steps with that tokenizer, in which everything learns; 0 for none.
     """
 
     layers: int
@@ -82,6 +87,8 @@ class Shrinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip: float = 1.0
     seed: int = 0
     threads: int = 2
+    vocabulary: int = 0
+    adapt_steps: int = 300
 
     def __post_init__(self) -> None:
         if not 2 <= self.layers <= 1000:
@@ -95,20 +102,28 @@ class Shrinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("lm, kd and hidden must be 0 or more and finite, and one of them positive")
         if not 1 <= self.top_k <= 1024 or not 2 <= self.tokens <= 4096 or not 0 <= self.seed < 2**63:
             raise SettingsError("top_k must be 1 to 1024, tokens 2 to 4096, seed 0 or more")
+        if self.vocabulary and not 256 < self.vocabulary <= 1_000_000:
+            raise SettingsError("vocabulary must be 257 to 1000000, since every byte is a token, or 0 for the model's own")
+        if not 0 <= self.adapt_steps <= 100_000:
+            raise SettingsError("adapt_steps must be 0 to 100000")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the report: the teacher, what is left of it, and that after distillation.
+    """One row of the report: the teacher, what is left of it, that after distillation, and with a vocabulary of its own.
 
     Args:
-        perplexity: on held-out texts, of the tokens after the first.
+        vocabulary: rows of its embeddings.
+        perplexity: on held-out texts, of the tokens after the first; only models with the same tokenizer compare.
+        nats_per_byte: on the same texts, of the text after the first token; all models compare.
     """
 
     name: str
     layers: int
+    vocabulary: int
     parameters: int
     perplexity: float
+    nats_per_byte: float
 
 
 @dataclass(frozen=True)
@@ -117,9 +132,9 @@ class Taught:
 
     Args:
         kept: which of the teacher's layers.
-        stages: teacher, dropped, distilled.
+        stages: teacher, dropped, distilled; then own vocabulary and adapted, if it got one.
         texts: how many were learnt from; held_out: how many judged.
-        seconds: of the distillation.
+        seconds: of all training.
     """
 
     kept: tuple[int, ...]
@@ -177,7 +192,7 @@ def _distinct(texts: Iterable[str]) -> list[str]:
     return [text for text in dict.fromkeys(map(clean, texts)) if text]
 
 
-def hold_out(rows: Sequence[Ids]) -> tuple[list[Ids], list[Ids]]:
+def hold_out(rows: Sequence[T]) -> tuple[list[T], list[T]]:
     """What is learnt from, and an eighth, or 128, of the rows that judge, evenly spread.
 
     Raises:
@@ -189,13 +204,34 @@ def hold_out(rows: Sequence[Ids]) -> tuple[list[Ids], list[Ids]]:
     return [row for at, row in enumerate(rows) if at % every], list(rows[::every])
 
 
-def rows_of(texts: Sequence[str], tokenizer: Any, prefix: Ids, tokens: int) -> list[Ids]:
+@dataclass(frozen=True)
+class Row:
+    """A text as a model reads it.
+
+    Args:
+        ids: its tokens, cut.
+        text: what they say.
+        size: bytes of it that come after the first token, at least 1.
+    """
+
+    ids: Ids
+    text: str
+    size: int
+
+
+def rows_of(texts: Sequence[str], tokenizer: Any, prefix: Ids, tokens: int) -> list[Row]:
     """The texts as the model reads them, cut; those of one token, which predict nothing, are left out."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
     encoded = backend.encode_batch(list(texts), add_special_tokens=False)
-    return [row for e in encoded if len(row := [*prefix, *e.ids][:tokens]) > 1]
+    return [_row(text, e, prefix, tokens) for text, e in zip(texts, encoded, strict=True) if len(prefix) + len(e.ids) > 1]
+
+
+def _row(text: str, encoded: Any, prefix: Ids, tokens: int) -> Row:
+    ids = [*prefix, *encoded.ids][:tokens]
+    ends = [0] * len(prefix) + [end for _, end in encoded.offsets]
+    return Row(ids, text[: ends[len(ids) - 1]], max(1, len(text[ends[0] : ends[len(ids) - 1]].encode())))
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -228,18 +264,22 @@ def drop(teacher: nn.Module, kept: Sequence[int]) -> nn.Module:
 
 
 # Distillation ---------------------------------------------------------------------------------------------------------
-def perplexity(model: nn.Module, rows: Sequence[Ids]) -> float:
-    """Of all tokens after the first of each row."""
+def judged(name: str, model: nn.Module, rows: Sequence[Row]) -> Stage:
+    """What a model is worth on these texts, of which all tokens after the first are predicted."""
     whole: Any = model
-    vocabulary, total, count = whole.get_output_embeddings().weight, 0.0, 0
     with torch.no_grad():
-        for batch in by_tokens(rows, MICRO_TOKENS):
-            sequences = [rows[i] for i in batch]
-            states, mask = whole_states(model, "decoder", sequences)
-            targets = _targets(sequences)
-            total += float(F.cross_entropy(states[_before(mask)] @ vocabulary.T, targets, reduction="sum"))
-            count += len(targets)
-    return math.exp(min(total / count, 100.0))
+        batches = [[rows[i].ids for i in batch] for batch in by_tokens([row.ids for row in rows], MICRO_TOKENS)]
+        nats = sum(float(_next_token(whole, sequences, "sum")) for sequences in batches)
+    perplexity = math.exp(min(nats / sum(len(row.ids) - 1 for row in rows), 100.0))
+    per_byte = nats / sum(row.size for row in rows)
+    return Stage(name, len(whole.model.layers), whole.config.vocab_size, count_parameters(model), perplexity, per_byte)
+
+
+def _next_token(model: Any, sequences: Sequence[Ids], reduction: str = "mean") -> Tensor:
+    """Cross-entropy of the tokens after the first of each sequence."""
+    states, mask = whole_states(model, "decoder", sequences)
+    logits = states[_before(mask)] @ model.get_output_embeddings().weight.T
+    return F.cross_entropy(logits, _targets(sequences), reduction=reduction)
 
 
 def divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
@@ -289,27 +329,57 @@ def distil(
     whole: Any = student
     tables = [whole.get_input_embeddings().weight, whole.get_output_embeddings().weight]
     free = [parameter for parameter in student.parameters() if not any(parameter is table for table in tables)]
+    _train(student, free, rows, settings.steps, settings, lambda batch: _loss(teacher, student, kept, batch, settings), tell)
+
+
+def adapt(student: nn.Module, rows: Sequence[Ids], settings: Shrinking, tell: Tell = lambda *_: None) -> None:
+    """Trains all of the student, its embeddings too, on the next token alone: a teacher of other tokens has no say in it.
+
+    Raises:
+        DataError: the loss is not finite.
+    """
+    free = [*student.parameters()]
+    _train(student, free, rows, settings.adapt_steps, settings, lambda batch: _next_token(student, batch), tell)
+
+
+def _train(
+    student: nn.Module,
+    free: Sequence[nn.Parameter],
+    rows: Sequence[Ids],
+    steps: int,
+    settings: Shrinking,
+    mean_loss: Callable[[Sequence[Ids]], Tensor],
+    tell: Tell,
+) -> None:
+    """Moves the free parameters alone.
+
+    Args:
+        mean_loss: of a few sequences, over their tokens.
+
+    Raises:
+        DataError: the loss is not finite.
+    """
     for parameter in student.parameters():
         parameter.requires_grad_(any(parameter is one for one in free))
     optimizer = torch.optim.AdamW(free, lr=settings.learning_rate, weight_decay=0.0, foreach=False)
     rng = np.random.default_rng(settings.seed)
-    batches = epochs([len(row) for row in rows], settings.batch_size, settings.steps, rng, bucket=8)
+    batches = epochs([len(row) for row in rows], settings.batch_size, steps, rng, bucket=8)
     for step, chosen in enumerate(batches):
         batch = [rows[i] for i in chosen]
         tokens, total = sum(map(len, batch)), 0.0
         for micro in by_tokens(batch, MICRO_TOKENS):
             sequences = [batch[i] for i in micro]
-            loss = _loss(teacher, student, kept, sequences, settings) * (sum(map(len, sequences)) / tokens)
+            loss = mean_loss(sequences) * (sum(map(len, sequences)) / tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total):
             raise DataError(f"the loss of step {step + 1} is not finite; choose a smaller --learning-rate")
         nn.utils.clip_grad_norm_(free, settings.clip)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate(step, settings.steps)
+            group["lr"] = settings.learning_rate * rate(step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tell(step + 1, settings.steps, total)
+        tell(step + 1, steps, total)
     student.requires_grad_(False)
 
 
@@ -375,40 +445,64 @@ def _fast(threads: int) -> Iterator[None]:
 
 # The model's folder ---------------------------------------------------------------------------------------------------
 def teach(
-    asset: Asset, folder: Path, settings: Shrinking, texts: Sequence[str], say: Say, tell: Tell = lambda *_: None
+    asset: Asset,
+    folder: Path,
+    settings: Shrinking,
+    texts: Sequence[str],
+    say: Say,
+    tell: Tell = lambda *_: None,
+    words: Sequence[str] = (),
 ) -> Taught:
     """Writes the shrunk model to a new `folder`, as transformers reads it, with its history in `shrink.json`.
 
+    Args:
+        words: labels, which a vocabulary of its own must not split.
+
     Raises:
-        AssetError: the model could not be had. DataError: it is of no supported architecture, has not that many layers, or the
-        texts are too few.
+        AssetError: the model could not be had. DataError: it is of no supported architecture, has not that many layers, cannot
+        have such a vocabulary, or the texts are too few.
     """
     path = resolve(asset)
     config = source.config_of(path)
     _may_shrink(config, settings)
     kept = even(int(config.num_hidden_layers), settings.layers)
-    tokenizer = source.tokenizer_of(path)
+    positions = int(config.max_position_embeddings)
     gguf = path.suffix == ".gguf"
-    prefix, _ = source.frame(tokenizer, "decoder", gguf)
-    learn, judge = hold_out(rows_of(texts, tokenizer, list(prefix), min(settings.tokens, int(config.max_position_embeddings))))
+    tokenizer = _portable(source.tokenizer_of(path), gguf)
+    learn, judge = hold_out(_read_by(tokenizer, texts, min(settings.tokens, positions)))
+    own = tokenizer
+    if settings.vocabulary:
+        vocabulary.check(settings.vocabulary, tokenizer.backend_tokenizer, source.end_of_text(config, tokenizer))
+        say(f"learning a vocabulary of {settings.vocabulary} tokens")
+        public = [row.text for row in learn]
+        own = _wrap(tokenizer, vocabulary.train(public, settings.vocabulary, tokenizer.backend_tokenizer, words))
     say(f"loading the weights; {len(learn)} texts to learn from, {len(judge)} held out")
     quiet()
     with _fast(settings.threads):
         teacher = load_path(path, "decoder").requires_grad_(False)
         student = drop(teacher, kept)
-        if (parameters := count_parameters(student)) > bundle.MOST_PARAMETERS:
+        if (parameters := _left(student, settings)) > bundle.MOST_PARAMETERS:
             raise DataError(f"{parameters:,} weights are too many for a bundle; choose fewer layers")
         say(f"keeping {len(kept)} of {config.num_hidden_layers} layers: {', '.join(map(str, kept))}")
-        stages = [_stage("teacher", teacher, judge), _stage("dropped", student, judge)]
+        stages = [judged("teacher", teacher, judge), judged("dropped", student, judge)]
         say(f"distilling for {settings.steps} steps")
         started = time.perf_counter()
-        distil(teacher, student, kept, learn, settings, tell)
+        distil(teacher, student, kept, [row.ids for row in learn], settings, tell)
         seconds = time.perf_counter() - started
-        stages.append(_stage("distilled", student, judge))
+        stages.append(judged("distilled", student, judge))
+        if settings.vocabulary:
+            student = vocabulary.swap(student, tokenizer.backend_tokenizer, own.backend_tokenizer)
+            again = _read_by(own, [row.text for row in judge], positions)  # the same text, however many tokens it has now
+            stages.append(judged("own vocabulary", student, again))
+            say(f"adapting for {settings.adapt_steps} steps")
+            started = time.perf_counter()
+            adapt(student, [row.ids for row in _read_by(own, [row.text for row in learn], positions)], settings, tell)
+            seconds += time.perf_counter() - started
+            stages.append(judged("adapted", student, again))
     taught = Taught(kept, tuple(stages), len(learn), len(judge), seconds)
     save: Any = student
     save.save_pretrained(folder)
-    _portable(tokenizer, gguf).save_pretrained(folder)
+    own.save_pretrained(folder)
     names = sorted(p.name for p in folder.iterdir())
     history = {"base": bundle._anywhere(asset.reference), "settings": settings, "taught": taught, "files": names}
     (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(history), indent=1) + b"\n")
@@ -425,9 +519,17 @@ def _may_shrink(config: Any, settings: Shrinking) -> None:
     even(int(config.num_hidden_layers), settings.layers)
 
 
-def _stage(name: str, model: nn.Module, rows: Sequence[Ids]) -> Stage:
-    whole: Any = model
-    return Stage(name, len(whole.model.layers), count_parameters(model), perplexity(model, rows))
+def _left(student: Any, settings: Shrinking) -> int:
+    """Weights of the finished model."""
+    tables = {id(part.weight): part.weight for part in (student.get_input_embeddings(), student.get_output_embeddings())}
+    spared = sum((len(table) - settings.vocabulary) * table.shape[1] for table in tables.values()) if settings.vocabulary else 0
+    return count_parameters(student) - spared
+
+
+def _read_by(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[Row]:
+    """What a model with this portable tokenizer reads of the texts."""
+    prefix, _ = source.frame(tokenizer, "decoder", gguf=False)
+    return rows_of(texts, tokenizer, list(prefix), tokens)
 
 
 def _portable(tokenizer: Any, gguf: bool) -> Any:
@@ -436,14 +538,13 @@ def _portable(tokenizer: Any, gguf: bool) -> Any:
         return tokenizer
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    return _wrap(tokenizer, backend)
+
+
+def _wrap(like: Any, backend: Tokenizer) -> Any:
+    """Another backend under the same names of special tokens and the same chat template."""
     wrap: Any = PreTrainedTokenizerFast
-    return wrap(
-        tokenizer_object=backend,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        unk_token=tokenizer.unk_token,
-        chat_template=tokenizer.chat_template,
-    )
+    return wrap(tokenizer_object=backend, chat_template=like.chat_template, **like.special_tokens_map)
 
 
 # The bundle -----------------------------------------------------------------------------------------------------------
@@ -476,7 +577,8 @@ def make(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shrink-") as work:
         new, old = Path(work) / "new", Path(work) / "old"
-        taught = teach(asset, new, settings, texts, say, tell)
+        task = recipe.task or bundle.SENTIMENT["decoder"]
+        taught = teach(asset, new, settings, texts, say, tell, [word for words in task.verbalizer for word in words])
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -563,9 +665,10 @@ def megabytes(stage: Stage) -> float:
 
 def show(taught: Taught) -> None:
     """Prints the table."""
-    table = Table(title=f"perplexity on {taught.held_out} held-out texts; {taught.seconds:.0f} s of distillation")
-    for heading in ("model", "layers", "parameters", "MB, fp32", "perplexity"):
+    table = Table(title=f"perplexity on {taught.held_out} held-out texts; {taught.seconds:.0f} s of training")
+    for heading in ("model", "layers", "vocabulary", "parameters", "MB, fp32", "perplexity", "nats per byte"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for s in taught.stages:
-        table.add_row(s.name, str(s.layers), f"{s.parameters:,}", f"{megabytes(s):.0f}", f"{s.perplexity:,.1f}")
+        size = (str(s.layers), f"{s.vocabulary:,}", f"{s.parameters:,}", f"{megabytes(s):.0f}")
+        table.add_row(s.name, *size, f"{s.perplexity:,.1f}", f"{s.nats_per_byte:.2f}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

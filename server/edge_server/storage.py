@@ -1,14 +1,17 @@
-"""What survives a crash: the event log (SQLAlchemy Core, SQLite) and blobs named by their sha256 (a folder).
+"""What survives a crash: events and snapshots (SQLAlchemy Core: SQLite or PostgreSQL), and blobs named by their sha256.
 
 A call returns once its bytes are on disk. Nothing here knows what an event means.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import tempfile
+import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,45 +19,150 @@ from typing import Any
 import sqlalchemy as sa
 
 from edge_sdk import files
-from edge_sdk.errors import DataError
+from edge_sdk.errors import DataError, SettingsError
+from edge_server.failpoints import Reached, nothing
 
 _METADATA = sa.MetaData()
+_RUN = sa.Table("run", _METADATA, sa.Column("id", sa.String, primary_key=True))
 _EVENTS = sa.Table(
     "events",
     _METADATA,
-    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+_SNAPSHOTS = sa.Table(
+    "snapshots",
+    _METADATA,
+    sa.Column("after", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("program", sa.String, nullable=False),
+    sa.Column("sha256", sa.String, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LOCK = 0x7AE  # of one server on one schema, the first of the two numbers PostgreSQL wants
+LOCK_SECONDS = 5  # a server that was just killed may hold it so long
+PAGE = 1000  # events in memory while reading
+
+
+def sqlite(path: Path) -> sa.URL:
+    """The database in this file."""
+    return sa.URL.create("sqlite", database=str(path))
+
+
+def postgresql(text: str) -> sa.URL:
+    """Raises: SettingsError: this is no URL of a PostgreSQL database."""
+    try:
+        url = sa.make_url(text)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise SettingsError("--state is a URL, as postgresql://user@host/database") from error  # what it is may hold a password
+    if url.drivername not in ("postgresql", "postgresql+psycopg"):
+        raise SettingsError(f"--state is postgresql://..., not {url.drivername}; without it there is a SQLite file in --data")
+    return url.set(drivername="postgresql+psycopg")
 
 
 class EventLog:
-    """Append-only; one process writes."""
+    """Append-only, one process writes: on PostgreSQL the connection that writes holds a lock; a SQLite file's folder is held.
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine = sa.create_engine(
-            f"sqlite:///{path}", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False}
-        )
-        sa.event.listen(self._engine, "connect", _durable)
+    Events are numbered 1, 2, ... here, not by the database, so that no number is given twice whoever else may write. A
+    connection that is lost is not made again: nobody knows whether the last event arrived, and the lock may be another's.
+
+    Args:
+        reached: told where it is; for tests that kill it there.
+
+    Attributes:
+        run: the id of the run, made with the database.
+        newest: the number of the newest event; 0 before the first.
+        lost: whether the connection is.
+
+    Raises:
+        SettingsError: another server writes to this database.
+        DataError: there is no such database, or it is damaged.
+    """
+
+    def __init__(self, url: sa.URL, reached: Reached = nothing) -> None:
+        self._reached, self._name = reached, url.render_as_string()
+        self._one = threading.Lock()
+        self.lost = False
+        prepare = _only_writer
+        if url.get_backend_name() == "sqlite":
+            Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+            prepare = _durable
+        connect_args = {"check_same_thread": False} if prepare is _durable else {}
+        self._engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args=connect_args)
+        sa.event.listen(self._engine, "connect", prepare)
         try:
-            _METADATA.create_all(self._engine)
-        except sa.exc.DatabaseError as error:
-            raise DataError(f"{path} cannot be used ({error.orig}); move it away to start afresh") from error
+            self._connection = self._engine.connect()
+        except sa.exc.DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) == "55P03":  # lock_not_available
+                raise SettingsError(f"another edge-server already uses {self._name}; stop it, or choose another") from error
+            raise DataError(f"{self._name} cannot be used: {error.orig}") from error
+        try:
+            with self._transaction() as db:
+                _METADATA.create_all(db)
+                known = db.execute(sa.select(_RUN.c.id)).scalar()
+                self.run: str = known or uuid.uuid4().hex
+                if known is None:
+                    db.execute(_RUN.insert().values(id=self.run))
+                self.newest: int = db.execute(sa.select(sa.func.max(_EVENTS.c.seq))).scalar() or 0
+        except DataError:
+            self.close()
+            raise
+        if known is None:
+            self._reached("run-named")
 
     def append(self, body: bytes) -> None:
-        """Returns once `body` is on disk."""
-        with self._engine.begin() as connection:
-            connection.execute(_EVENTS.insert().values(body=body))
+        """Returns once `body` is on disk. Raises: DataError: it is not, or nobody knows (`lost`)."""
+        with self._transaction() as db:
+            db.execute(_EVENTS.insert().values(seq=self.newest + 1, body=body))
+            self._reached("event-written")
+        self.newest += 1
+        self._reached("event-committed")
 
-    def read(self) -> Iterator[bytes]:
-        """All events, oldest first."""
-        with self._engine.connect() as connection:
-            for row in connection.execute(sa.select(_EVENTS.c.body).order_by(_EVENTS.c.seq)):
-                yield bytes(row.body)
+    def read(self, after: int = 0) -> Iterator[bytes]:
+        """All events after the one of this number, oldest first. Raises: DataError."""
+        while True:
+            some = sa.select(_EVENTS).where(_EVENTS.c.seq > after).order_by(_EVENTS.c.seq).limit(PAGE)
+            with self._transaction() as db:
+                rows = db.execute(some).all()
+            if not rows:
+                return
+            yield from (bytes(row.body) for row in rows)
+            after = rows[-1].seq
+
+    def keep_snapshot(self, program: str, body: bytes) -> None:
+        """Keeps what `program` made of all events, and of older ones the newest. Raises: DataError: it is not on disk."""
+        sha256 = hashlib.sha256(body).hexdigest()
+        before = sa.select(sa.func.max(_SNAPSHOTS.c.after)).where(_SNAPSHOTS.c.after < self.newest)
+        with self._transaction() as db:
+            oldest = db.execute(before).scalar() or 0
+            db.execute(_SNAPSHOTS.delete().where((_SNAPSHOTS.c.after < oldest) | (_SNAPSHOTS.c.after >= self.newest)))
+            db.execute(_SNAPSHOTS.insert().values(after=self.newest, program=program, sha256=sha256, body=body))
+            self._reached("snapshot-written")
+        self._reached("snapshot-committed")
+
+    def snapshots(self, program: str) -> Iterator[tuple[int, bytes]]:
+        """What `program` has kept and is whole, newest first: after which event, and the bytes. Raises: DataError."""
+        of = sa.select(_SNAPSHOTS).where(_SNAPSHOTS.c.program == program, _SNAPSHOTS.c.after <= self.newest)
+        with self._transaction() as db:
+            rows = db.execute(of.order_by(_SNAPSHOTS.c.after.desc())).all()
+        return ((row.after, bytes(row.body)) for row in rows if hashlib.sha256(row.body).hexdigest() == row.sha256)
 
     def close(self) -> None:
+        self._connection.close()
         self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        """All of it is on disk afterwards, or nothing; one at a time. Raises: DataError: it is not, or nobody knows (`lost`)."""
+        with self._one:
+            if self.lost or self._connection.closed:
+                raise DataError(f"the connection to {self._name} is lost or closed; start the server again")
+            try:
+                with self._connection.begin():
+                    yield self._connection
+            except sa.exc.DBAPIError as error:
+                self.lost = self.lost or error.connection_invalidated
+                raise DataError(f"{self._name} cannot be used: {error.orig}; mend it, or restore it from a backup") from error
 
 
 def _durable(connection: Any, _: object) -> None:
@@ -62,11 +170,21 @@ def _durable(connection: Any, _: object) -> None:
     connection.execute("PRAGMA synchronous=FULL")
 
 
+def _only_writer(connection: Any, _: object) -> None:
+    """Makes commits wait for the disk, whatever the database's default is, and holds the lock as long as the connection lives."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
+        cursor.execute(f"SET lock_timeout = '{LOCK_SECONDS}s'")
+        cursor.execute("SELECT pg_advisory_lock(%s, hashtext(coalesce(current_schema(), '')))", [_LOCK])
+        cursor.execute("RESET lock_timeout")
+    connection.commit()
+
+
 class Blobs:
     """Files named by their content; writing one twice is harmless."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, reached: Reached = nothing) -> None:
+        self._folder, self._reached = folder, reached
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("incoming-*"):  # what a killed process was writing
             left.unlink()
@@ -81,7 +199,9 @@ class Blobs:
         """Makes a streamed file the blob `sha256`; returns once it is on disk."""
         with incoming.open("rb") as file:
             os.fsync(file.fileno())
+        self._reached("blob-synced")
         incoming.replace(self._folder / sha256)
+        self._reached("blob-renamed")
         files.sync_folder(self._folder)
 
     def take(self, path: Path) -> str:

@@ -13,6 +13,8 @@ BENCHES = {
     "lpfl": "LP-FL against its baselines",
     "crosslm": "mutual learning with the LLM against its baselines and without its parts",
     "fedcollm": "LLM and SLM distil each other, against every control",
+    "fedmkt": "the LLM and devices' models of several kinds teach each other, against every control",
+    "async_vs_sync": "asynchronous averaging against synchronous rounds, in virtual time: hours and uploads to an accuracy",
     "secure": "secure averaging against plain averaging: server CPU, bytes, error",
     "lpfl_settings": "how LP-FL's settings were chosen, on validation text",
     "training": "split training against PEFT and the Trainer: seconds, memory, disk, accuracy",

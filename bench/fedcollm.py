@@ -16,7 +16,6 @@ text, accuracy from test text.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import tempfile
 import time
@@ -29,13 +28,13 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from rich.table import Table
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import fleet, mutual, secure
-from bench.report import Result, run_cells, spread
+from bench import fleet, mutual, pairs, secure
+from bench.pairs import gain_of, spread_of
+from bench.report import Result, run_cells
 from edge_sdk import bundle as bundles
 from edge_sdk import verbs, wire
 from edge_sdk.adapters import Arrays
@@ -274,7 +273,7 @@ def _llm(place: Place, adapter: Arrays) -> dict[str, Any]:
 def run(full: bool) -> Result:
     """Two seeds of each task; `full`: five."""
     rows = run_all([Cell(task, seed, method) for seed in range(5 if full else 2) for task in TASKS for method in METHODS])
-    return Result("fedcollm", rows, summary(rows), _table(rows), _targets(rows))
+    return Result("fedcollm", rows, summary(rows), pairs.table(rows, TASKS, METHODS), _targets(rows))
 
 
 def run_all(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -293,7 +292,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first, second = ([r for r in rows if r["task"] == task] for task in TASKS)
     return {
         **_summary(first),
-        "llm_balanced": {name: _spread(first, "llm", LLM_ROWS.get(name, name), "balanced") for name in LLM},
+        "llm_balanced": {name: spread_of(first, "llm", LLM_ROWS.get(name, name), "balanced") for name in LLM},
         "cloze": _summary(second),
         "upload_fraction": sent / lab.parameters,
         "secure_mean_max_error": secure.error(lab.spec),
@@ -302,47 +301,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "slm": {method: _spread(rows, "slm", method) for method in SLM},
-        "llm": {name: _spread(rows, "llm", LLM_ROWS.get(name, name)) for name in LLM},
+        "slm": {method: spread_of(rows, "slm", method) for method in SLM},
+        "llm": {name: spread_of(rows, "llm", LLM_ROWS.get(name, name)) for name in LLM},
     }
-
-
-def _spread(rows: Sequence[dict[str, Any]], model: str, method: str, key: str = "accuracy") -> dict[str, float]:
-    return spread([r[key] for r in rows if (r["model"], r["method"]) == (model, method)])
-
-
-def _gain(rows: Sequence[dict[str, Any]], model: str, method: str, base: str) -> dict[str, float]:
-    """Of one method over another, seed by seed."""
-    of = {(r["seed"], r["method"]): r["accuracy"] for r in rows if r["model"] == model}
-    return spread([of[seed, method] - of[seed, base] for seed in sorted({seed for seed, _ in of})])
-
-
-def _there(rows: Sequence[dict[str, Any]], model: str, method: str) -> bool:
-    return any((r["model"], r["method"]) == (model, method) for r in rows)
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="accuracy on test text, mean over devices ± spread over seeds")
-    for head in ("task", "method", "SLM", "LLM"):
-        table.add_column(head, justify="left" if head in ("task", "method") else "right")
-    for task, method in itertools.product(TASKS, METHODS):
-        own = [r for r in rows if r["task"] == task]
-        told = [_spread(own, model, method) if _there(own, model, method) else None for model in ("slm", "llm")]
-        table.add_row(task, method.replace("_", " "), *(f"{x['mean']:.3f} ±{x['std']:.3f}" if x else "" for x in told))
-    return table
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of docs/systems/fedcollm.md; a test holds the two together."""
-    lines = ["| task | method | SLM | LLM |", "| --- | --- | --- | --- |"]
-    for task, method in itertools.product(TASKS, METHODS):
-        own = [r for r in rows if r["task"] == task]
-        cells = [
-            "{mean:.3f} ± {std:.3f}".format(**_spread(own, model, method)) if _there(own, model, method) else ""
-            for model in ("slm", "llm")
-        ]
-        lines.append(f"| {task} | {method.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -351,7 +312,7 @@ def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:
     for task in TASKS:
         own = [r for r in rows if r["task"] == task]
         for base, target in (("fedavg_server_ce", 0.01), ("fedavg", 0.013), ("standalone", 0.013)):
-            gain = _gain(own, "slm", "fedcollm", base)
+            gain = gain_of(own, "slm", "fedcollm", base)
             kept = "kept" if gain["mean"] >= target else "MISSED"
             lines.append(
                 f"{task}: SLM, fedcollm - {base} = {gain['mean']:+.4f} ±{gain['std']:.4f}, target >= {target:+.3f}: {kept}"
@@ -361,7 +322,7 @@ def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{task}: LLM, fedcollm / centralized (target >= 0.97) = {share:.4g}: {'kept' if share >= 0.97 else 'MISSED'}"
         )
-        gain = _gain(own, "llm", "fedcollm", "lambda0")
+        gain = gain_of(own, "llm", "fedcollm", "lambda0")
         lines.append(f"{task}: LLM, fedcollm - the server's labels alone = {gain['mean']:+.4f} ±{gain['std']:.4f}")
     sent, error = found["upload_fraction"], found["secure_mean_max_error"]
     for text, value, good in (

@@ -19,7 +19,7 @@ from edge_sdk import bundle as bundles
 from edge_sdk import verbs
 from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays
 from edge_sdk.assets import MODELS, cache_folder, resolve
-from edge_sdk.engines import Engine, Scorer, open_engine
+from edge_sdk.engines import Engine, Scorer, TopK, open_engine
 from edge_sdk.errors import DataError
 from edge_sdk.protocol import Mix, Sample
 from edge_sdk.tasks import Example, Private
@@ -55,9 +55,24 @@ def small_bundle(layers: int = 12) -> Path:
         from edge_export import shrink
         from edge_export.bundle import Recipe
 
-        texts = [example.text for domain in domains().values() for example in domain.validation]
-        shrink.make(MODELS["smollm2"], folder, shrink.Shrinking(layers), texts, Recipe(("int8", "fp32")))
+        shrink.make(MODELS["smollm2"], folder, shrink.Shrinking(layers), _public_texts(), Recipe(("fp32",)))
     return folder
+
+
+def other_bundle(layers: int = 12, vocabulary: int = 4096) -> Path:
+    """The same with a tokenizer of its own, made from the same texts."""
+    folder = cache_folder() / "exports" / f"smollm2-{layers}-{vocabulary}-{bundles.SCHEMA}"
+    if not (folder / bundles.NAME).exists():
+        from edge_export import shrink
+        from edge_export.bundle import Recipe
+
+        how = shrink.Shrinking(layers, vocabulary=vocabulary)
+        shrink.make(MODELS["smollm2"], folder, how, _public_texts(), Recipe(("fp32",)))
+    return folder
+
+
+def _public_texts() -> list[str]:
+    return [example.text for domain in domains().values() for example in domain.validation]
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,12 @@ class TorchEngine:
     def encoder(self) -> PromptEncoder:
         return self.learner.encoder
 
+    end: int | None = None
+
     def answers(self, texts: Sequence[str]) -> list[Ids]:
+        raise DataError("for classes only")
+
+    def answer_top_k(self, texts: Sequence[str], answers: Sequence[str], k: int) -> list[TopK]:
         raise DataError("for classes only")
 
     def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_sdk import bundle as bundles
-from edge_sdk import conditions, files, session, verbs, wire
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, add, below
+from edge_sdk import codec, conditions, exchange, files, knowledge, session, verbs, wire
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, add, below, shapes_of
 from edge_sdk.bundle import File
 from edge_sdk.cohort import Request
 from edge_sdk.eligibility import Conditions, NotNow, Policy, decide
 from edge_sdk.engines import Engine, check_runtime, open_engine
 from edge_sdk.errors import AssetError, DataError, MissingRuntime, Refused, SettingsError, Unreachable, WireError
+from edge_sdk.exchange import Heard
 from edge_sdk.protocol import (
     PROTOCOL,
     Evaluate,
@@ -42,13 +43,14 @@ from edge_sdk.protocol import (
     Predict,
     Sample,
     Text,
+    Told,
     Train,
     Trained,
     Update,
 )
 from edge_sdk.session import Action, Event, Session
 from edge_sdk.store import MEMBER, UNSEEN, WORK, Parcel, Store
-from edge_sdk.tasks import Private
+from edge_sdk.tasks import Private, Task
 from edge_sdk.tokens import Ids
 from edge_sdk.training.batches import Progress
 from edge_sdk.training.depth import Limits, choose
@@ -61,16 +63,19 @@ if TYPE_CHECKING:  # they bring torch, which only training needs
 
 ADAPTER = "adapter.safetensors"
 START = "start.safetensors"  # the global adapter, where the device's own is another
-MAX_SHEET = 1 << 24  # bytes of a sheet of synthetic texts
+MAX_SHEET = 1 << 24  # bytes of a sheet of texts, or of what the LLM says of them
+MAX_TOKENIZER = 1 << 26  # bytes: one of 262,144 tokens has 33 MB
 PAGE = 500  # lines of the feed asked for at a time
 CHECKPOINT = "training.safetensors"
-LESSON = "lesson.jsonl"  # the public texts of the last lesson
+LESSON = "lesson.jsonl"  # the public texts of the last lesson, or what names its parts:
+SHEET, KNOWLEDGE, TEACHER = "sheet.jsonl", "knowledge.bin", "teacher.json"  # texts, what the LLM says, and its tokenizer
 BEFORE = "before.safetensors"  # the device's own adapter as it was when that lesson was begun
 OWN = "own"  # the fact that this device has learned something for itself
 HIDDEN = "hidden.sqlite"
 SPEED = "gflops"  # the fact that holds this device's speed, measured once for each training: it may decide how many layers
 DEFAULT_LIMITS, DEFAULT_POLICY = Limits(), Policy()
 FORGOTTEN = ("unknown-device", "wrong-shape")  # refusals of a server that does not know this device's run
+SHUT_OUT = ("unsigned", "token-needed", "bad-token", "revoked")  # refusals that only people can do something about
 log = logging.getLogger(__name__)
 
 
@@ -166,6 +171,7 @@ class Agent:
         threads: for inference and training.
         variant: of the bundle; "" for the recommended one.
         model: which bundle, in a run that has several; "" for the first.
+        token: admits this device to a server that knows its devices, at the first contact.
         limits: what training may cost. policy: when it may run. look: tells how the device is.
         say: told one line per thing done.
         sleep: waits that many seconds.
@@ -185,13 +191,14 @@ class Agent:
         say: Callable[[str], None] = print,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         model: str = "",
+        token: str = "",
     ) -> None:
         self._store = store
         self._api = Api(transport)
         self._cache = cache
         self._name = name
         self._threads = threads
-        self._variant, self._model = variant, model
+        self._variant, self._model, self._token = variant, model, token
         self._limits, self._policy, self._look = limits, policy, look
         self._say = say
         self._sleep = sleep
@@ -207,7 +214,7 @@ class Agent:
             The newest version this device holds, the final one where the run is over.
 
         Raises:
-            SettingsError: the server speaks another protocol, or another process uses this device's home.
+            SettingsError: the server speaks another protocol, does not let this device in, or another process uses its home.
             DataError: with `updates`, this device cannot do its work.
         """
         with files.held(self._store.home, "edge-agent"):
@@ -222,6 +229,10 @@ class Agent:
                 raise DataError(event.reason)
             state, action = session.step(state, event, self._random.random())
         return int(self._store.fact("version") or 0)
+
+    async def join(self) -> Manifest:
+        """Meets the server, and does nothing else. Raises: Refused: it does not let this device in."""
+        return await self._enroll()
 
     async def models(self, training: bool = False) -> Models:
         """Enrols if the device has never met its server, fetches the bundle, and loads it.
@@ -278,7 +289,9 @@ class Agent:
             self._say(f"refused: {error}")
             if error.code in FORGOTTEN:  # the server was set up anew: meet it again before the next word
                 self._manifest = self._models = None
-            if error.code == "unknown-device":
+            if error.code in SHUT_OUT:
+                raise SettingsError(f"the server does not let this device in: {error.detail}") from error
+            if error.code in ("unknown-device", "bad-digest") or error.status in (401, 429):  # it may be taken yet
                 return session.NoAnswer()
             if error.retry_after is not None:
                 return session.NoAnswer(error.retry_after)
@@ -360,21 +373,21 @@ class Agent:
             await self._catch_up()
             if self._store.cursor < work.synthetic.until:
                 raise WireError("bad-message", f"the feed of synthetic data ends before line {work.synthetic.until}")
-        prepared, learned = await self._train(work, start, private, models, await self._lesson(work.lesson))
+        prepared, learned = await self._train(work, start, private, models, await self._lesson(work.lesson, manifest.task))
         self._say(f"version {work.version}: trained on {learned.num_examples} texts, {_numbers(learned.metrics)}")
-        device, part = self._store.device_id, prepared.part
+        device, part, residual = self._store.device_id, prepared.part, None
         if work.masked:
             update = Update(device, work.version, learned.num_examples, {})
             await asyncio.to_thread(_secure().keep, self._store, update, learned.delta)
             parcel = Parcel(wire.JSON_TYPE, wire.encode(Trained(device, work.version, 1, {})))
         elif work.share:
-            update = Update(device, work.version, learned.num_examples, learned.metrics, layers=part.depth, rank=part.rank)
-            parcel = Parcel(wire.TENSORS_TYPE, wire.pack(update, learned.delta))
+            update = Update(device, work.version, learned.num_examples, learned.metrics, part.depth, part.rank, work.upload)
+            parcel, residual = await asyncio.to_thread(_packed, self._store, update, learned.delta)
         else:
             metrics = {**learned.metrics, **await self._keep_better(add(start, learned.delta), work.version)}
             self._store.set_fact(OWN, str(work.version))
             parcel = Parcel(wire.JSON_TYPE, wire.encode(Trained(device, work.version, learned.num_examples, metrics)))
-        self._store.post(parcel)
+        self._store.post(parcel, residual)
         (self._store.home / CHECKPOINT).unlink(missing_ok=True)
 
     async def _keep_better(self, new: Arrays, version: int, known: Metrics | None = None) -> Metrics:
@@ -394,20 +407,31 @@ class Agent:
         return {**measured, "newer": float(newer)}
 
     async def _judge(self, work: Predict, start: Arrays, private: Private, models: Models) -> None:
-        """Tells what the device's own adapter makes of a sheet of synthetic texts; `start` where it has trained none."""
-        manifest = models.manifest
+        """Tells what the device's own adapter makes of a sheet of texts; `start` where it has trained none."""
+        manifest, device = models.manifest, self._store.device_id
+        if manifest.task.answer_tokens and not work.top_k:
+            raise WireError("bad-message", "answers are texts here, and it is not said how many tokens to tell at each position")
         adapter = kept_adapter(self._store, manifest) or dict(start)
-        sheet = wire.unpack_lines(await self._api.blob_bytes(work.sheet, min(work.size, MAX_SHEET)), Text)
+        sheet = wire.unpack_lines(await self._blob(SHEET, work.sheet, min(work.size, MAX_SHEET)), Text)
         if not sheet or len(sheet) != work.count:
             raise WireError(
                 "bad-message", f"sheet {work.version} has {len(sheet)} texts, not the {work.count} it was said to have"
             )
         await self._clear()
-        args = sheet, adapter, manifest.adapter, private, models.engine, work.form
-        count, metrics, covers, answer = await asyncio.to_thread(verbs.judge, *args)
-        self._say(f"sheet {work.version}: judged {len(sheet)} texts, {_numbers(metrics)}")
-        judgment = Judgment(self._store.device_id, work.version, count, metrics, covers)
-        self._store.post(Parcel(wire.JUDGMENT_TYPE, wire.pack_judgment(judgment, answer)))
+
+        def answer() -> tuple[Judgment, bytes]:
+            engine, spec = models.engine, manifest.adapter
+            if manifest.task.answer_tokens:
+                metrics, known, spelled = verbs.tell(sheet, adapter, spec, private, engine, work.top_k)
+                judgment = Judgment(device, work.version, len(private.labelled), metrics)
+                return judgment, knowledge.pack(known, spelled, judgment)
+            count, metrics, covers, said = verbs.judge(sheet, adapter, spec, private, engine, work.form)
+            judgment = Judgment(device, work.version, count, metrics, covers)
+            return judgment, wire.pack_judgment(judgment, said)
+
+        judgment, body = await asyncio.to_thread(answer)
+        self._say(f"sheet {work.version}: judged {len(sheet)} texts, {_numbers(judgment.metrics)}")
+        self._store.post(Parcel(wire.JUDGMENT_TYPE, body))
 
     async def _catch_up_if_any(self) -> None:
         """The same, where the server may be another by now, one without a feed: asking for work will tell."""
@@ -424,17 +448,31 @@ class Agent:
                 raise WireError("bad-message", "the feed of synthetic data has gaps, or comes again")
             await asyncio.to_thread(self._store.take_lines, lines)
 
-    async def _lesson(self, lesson: Lesson | None) -> list[Sample]:
+    async def _lesson(self, lesson: Lesson | None, task: Task) -> list[Sample] | Heard:
         """The public texts of a lesson. Raises: WireError: they are not as many as there should be."""
         if lesson is None:
             return []
-        if (body := _kept_body(self._store, LESSON)) is None or hashlib.sha256(body).hexdigest() != lesson.blob:
-            body = await self._api.blob_bytes(lesson.blob, MAX_SHEET)
-            await asyncio.to_thread(files.write, self._store.home / LESSON, body)
-        lines = wire.unpack_lines(body, Sample)
-        if len(lines) != lesson.count:
-            raise WireError("bad-message", f"the lesson has {len(lines)} texts, not the {lesson.count} it was said to have")
-        return lines
+        body = await self._blob(LESSON, lesson.blob, MAX_SHEET)
+        found: list[Sample] | Heard
+        if task.answer_tokens:
+            told = wire.decode(body, Told)
+            limits = {SHEET: MAX_SHEET, KNOWLEDGE: MAX_SHEET, TEACHER: MAX_TOKENIZER}
+            parts = (SHEET, told.texts), (KNOWLEDGE, told.knowledge), (TEACHER, told.tokenizer)
+            bodies = [await self._blob(name, file.sha256, min(file.size, limits[name])) for name, file in parts]
+            found = await asyncio.to_thread(exchange.hear, told, *bodies)
+        else:
+            found = wire.unpack_lines(body, Sample)
+        count = len(found.public if isinstance(found, Heard) else found)
+        if count != lesson.count:
+            raise WireError("bad-message", f"the lesson has {count} texts, not the {lesson.count} it was said to have")
+        return found
+
+    async def _blob(self, name: str, sha256: str, limit: int) -> bytes:
+        """A blob, from the file `name` where it is the one kept there last, else from the server, and then kept."""
+        if (body := _kept_body(self._store, name)) is None or hashlib.sha256(body).hexdigest() != sha256:
+            body = await self._api.blob_bytes(sha256, limit)
+            await asyncio.to_thread(files.write, self._store.home / name, body)
+        return body
 
     async def _onward(self, work: Train, start: dict[str, Array]) -> dict[str, Array]:
         """Where a lesson begins: at what the device has learned for itself, else at `start`; after a power cut where it began."""
@@ -453,7 +491,7 @@ class Agent:
             return start
 
     async def _train(
-        self, work: Train, start: Arrays, private: Private, models: Models, public: list[Sample]
+        self, work: Train, start: Arrays, private: Private, models: Models, public: list[Sample] | Heard
     ) -> tuple[verbs.Prepared, verbs.Learned]:
         """One training in small steps, each if the device's conditions allow it; resumed where it stopped."""
         manifest = models.manifest
@@ -524,7 +562,7 @@ class Agent:
     async def _enroll(self) -> Manifest:
         """The run's manifest, asked for once in a process."""
         if self._manifest is None:
-            manifest = await self._api.enroll(self._store.device_id, self._name, self._model)
+            manifest = await self._api.enroll(self._store.device_id, self._name, self._model, self._token)
             if manifest.protocol != PROTOCOL:
                 raise SettingsError(
                     f"the server speaks protocol {manifest.protocol}, this device {PROTOCOL}; update the older one"
@@ -541,7 +579,8 @@ class Agent:
                 self._store.drop_fact(OWN)
                 self._store.drop_fact(MEMBER)
                 self._store.drop_synthetic()
-                for name in (ADAPTER, START, CHECKPOINT, UNSEEN, LESSON, BEFORE):
+                self._store.drop_residual()
+                for name in (ADAPTER, START, CHECKPOINT, UNSEEN, LESSON, SHEET, KNOWLEDGE, TEACHER, BEFORE):
                     (self._store.home / name).unlink(missing_ok=True)
                 self._store.set_fact("version", "0")
                 self._models = None
@@ -623,6 +662,16 @@ def _keep(store: Store, body: bytes, version: int) -> None:
     """Makes `body` the device's adapter."""
     files.write(store.home / ADAPTER, body)
     store.set_fact("version", str(version))
+
+
+def _packed(store: Store, update: Update, delta: Arrays) -> tuple[Parcel, bytes | None]:
+    """An update as it travels, and what int8 loses of it: with this the next one makes up for it; None where nothing is lost."""
+    if update.encoding != "int8":
+        return Parcel(wire.TENSORS_TYPE, wire.pack(update, delta)), None
+    if (kept := store.residual()) is not None:
+        with contextlib.suppress(WireError):  # it is of another part of the adapter
+            delta = add(delta, wire.unpack_adapter(kept, shapes_of(delta)))
+    return Parcel(wire.TENSORS_TYPE, wire.pack(update, delta)), wire.pack_adapter(codec.lost(delta, "int8"))
 
 
 def _numbers(metrics: dict[str, float]) -> str:

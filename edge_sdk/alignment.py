@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edge_sdk.errors import DataError
+from edge_sdk.knowledge import MAX_VOCABULARY
 from edge_sdk.training.batches import TopTokens
 
 Ints = NDArray[np.int64]
@@ -82,7 +83,7 @@ def vocabulary(tokenizer: Tokenizer, size: int | None = None) -> Vocabulary:
         size: rows of the model's output, which may be more than the tokenizer has tokens; None for just these.
 
     Raises:
-        DataError: the tokenizer has more tokens than that.
+        DataError: the tokenizer has more tokens than that, or than MAX_VOCABULARY.
     """
     state = json.loads(tokenizer.to_str())
     model = state["model"]
@@ -90,6 +91,8 @@ def vocabulary(tokenizer: Tokenizer, size: int | None = None) -> Vocabulary:
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     added = {int(token["id"]): bool(token["special"]) for token in state["added_tokens"]}
     count = max(ids.values(), default=-1) + 1
+    if count > MAX_VOCABULARY:
+        raise DataError(f"the tokenizer has an id beyond {MAX_VOCABULARY}")
     if size is not None and size < count:
         raise DataError(f"the tokenizer has {count} tokens, and the model only {size} rows for them")
     unknown = ids.get(model.get("unk_token") or "", model.get("unk_id"))
@@ -185,13 +188,14 @@ def vocabulary_map(
         DataError: `same` names an id that a vocabulary lacks.
     """
     if source.digest == target.digest:
-        return VocabularyMap(np.arange(len(source)), np.full(len(source), EXACT, np.uint8))
-    index = _index(target)
-    near = _Near(index) if nearest else None
-    found = VocabularyMap(np.full(len(source), -1, np.int64), np.zeros(len(source), np.uint8))
-    for i, token in enumerate(source.tokens):
-        if token:
-            found.ids[i], found.how[i] = _counterpart(_spellings(token, source, target), index, near)
+        found = VocabularyMap(np.arange(len(source)), np.full(len(source), EXACT, np.uint8))
+    else:
+        found = VocabularyMap(np.full(len(source), -1, np.int64), np.zeros(len(source), np.uint8))
+        index = _index(target)
+        near = _Near(index) if nearest else None
+        for i, token in enumerate(source.tokens):
+            if token:
+                found.ids[i], found.how[i] = _counterpart(_spellings(token, source, target), index, near)
     for own, other in (same or {}).items():
         if not 0 <= own < len(source) or not 0 <= other < len(target):
             raise DataError(f"{own} -> {other} names a token that one of the vocabularies lacks")

@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def with_server(made: argparse.ArgumentParser) -> None:
         made.add_argument("--server", required=True, help="URL, e.g. http://127.0.0.1:8440")
+        made.add_argument("--token", default="", help="from the server's operator, for the first contact, if it wants one")
+        made.add_argument("--ca", type=Path, help="file of the server's certificate, where the system does not trust it anyway")
         made.add_argument(
             "--name", default=os.uname().nodename[:64] or "device", help="shown to the operator (default: %(default)s)"
         )
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add = verb("add", _add, "keep private examples from JSON lines: text, and label, truth, held_out where known")
     add.add_argument("files", type=Path, nargs="+")
     verb("status", _status, "what the device keeps").add_argument("--json", action="store_true")
+    with_server(verb("join", _join, "meet the server once, with a token where it wants one, and do nothing else"))
     run = verb("run", _run, "take part until the run is over")
     with_server(run)
     limits, policy = Limits(), Policy()
@@ -104,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--bundle", type=Path, help="a bundle folder; no device and no server needed")
     predict.add_argument("texts", nargs="+")
     predict.add_argument("--server", help="URL; only needed before the first contact")
+    predict.add_argument("--ca", type=Path, help="file of the server's certificate, where the system does not trust it anyway")
     predict.add_argument("--variant", default="", help="of the bundle: int8, q8_0, ... (default: the one it recommends)")
     predict.add_argument("--cache", type=Path, default=cache_folder())
     predict.add_argument("--json", action="store_true")
@@ -130,8 +134,26 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _join(args: argparse.Namespace) -> int:
+    from edge_sdk.agent import Agent
+    from edge_sdk.signed import signing
+    from edge_sdk.transport import HttpTransport
+
+    store = Store(args.home)
+
+    async def join() -> None:
+        async with HttpTransport(args.server, ca=args.ca) as transport:
+            way = signing(store, transport, args.token)
+            await Agent(store, way, args.cache, args.name, model=args.model, token=args.token).join()
+
+    asyncio.run(join())
+    print(f"joined {args.server} as {store.device_id}; go on with: edge-agent run --home {args.home} --server {args.server}")
+    return 0
+
+
 def _run(args: argparse.Namespace) -> int:
     from edge_sdk.agent import Agent
+    from edge_sdk.signed import signing
     from edge_sdk.transport import HttpTransport
 
     limits, policy = _settings(Limits, args), _settings(Policy, args)
@@ -142,10 +164,11 @@ def _run(args: argparse.Namespace) -> int:
         task.cancel()
 
     async def run() -> int | None:
-        async with HttpTransport(args.server) as transport:
+        store = Store(args.home)
+        async with HttpTransport(args.server, ca=args.ca) as transport:
             agent = Agent(
-                Store(args.home),
-                transport,
+                store,
+                signing(store, transport, args.token),
                 args.cache,
                 args.name,
                 args.threads,
@@ -154,6 +177,7 @@ def _run(args: argparse.Namespace) -> int:
                 policy,
                 say=_say,
                 model=args.model,
+                token=args.token,
             )
             task = asyncio.ensure_future(agent.run())
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -184,14 +208,18 @@ def _baseline(args: argparse.Namespace) -> int:
     from edge_sdk import verbs
     from edge_sdk.adapters import add
     from edge_sdk.agent import HIDDEN, Agent
+    from edge_sdk.signed import signing
     from edge_sdk.training.batches import Training
     from edge_sdk.transport import HttpTransport
 
     store = Store(args.home)
 
     async def run() -> dict[str, float]:
-        async with HttpTransport(args.server) as transport:
-            agent = Agent(store, transport, args.cache, args.name, args.threads, args.variant, say=_complain, model=args.model)
+        async with HttpTransport(args.server, ca=args.ca) as transport:
+            way, said = signing(store, transport, args.token), _complain
+            agent = Agent(
+                store, way, args.cache, args.name, args.threads, args.variant, say=said, model=args.model, token=args.token
+            )
             models = await agent.models(training=True)
         manifest = models.manifest
         private = store.private(manifest.task)
@@ -215,7 +243,7 @@ def _predict(args: argparse.Namespace) -> int:
         return 0
     if args.server is None and not (args.home / NAME).exists():
         raise DataError(f"there is no device in {args.home}; name its server once: --server http://HOST:8440")
-    _show(EdgeDevice(args.home, args.server, variant=args.variant, cache=args.cache).predict(args.texts), args.json)
+    _show(EdgeDevice(args.home, args.server, variant=args.variant, cache=args.cache, ca=args.ca).predict(args.texts), args.json)
     return 0
 
 

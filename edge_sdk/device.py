@@ -66,6 +66,8 @@ class EdgeDevice:
         limits: what training may cost: layers, memory, seconds of a step. policy: when it may run: battery, heat, load.
         cache: folder for model files; the user's cache by default.
         say: told one line per thing done; prints to stderr by default.
+        token: admits this device at the first contact, where the server wants one.
+        ca: file of the server's certificate; by default it has to be one the system trusts.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class EdgeDevice:
         policy: Policy = DEFAULT_POLICY,
         cache: Path | None = None,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        token: str = "",
+        ca: Path | None = None,
     ) -> None:
         self._store = Store(Path(home).expanduser())
         self._server = server
@@ -88,6 +92,7 @@ class EdgeDevice:
         self._limits, self._policy = limits, policy
         self._cache = cache or cache_folder()
         self._say = say
+        self._token, self._ca = token, ca
         self._engine: tuple[Manifest, Engine] | None = None
         self._worn = "nothing yet"  # stamp of the adapter that the engine wears
 
@@ -199,14 +204,15 @@ class EdgeDevice:
 
         if self._server is None:
             raise DataError("this device has no model yet and no server to get one from; name its server once")
-        return HttpTransport(self._server)
+        return HttpTransport(self._server, ca=self._ca)
 
     def _agent(self, transport: HttpTransport) -> Agent:
         from edge_sdk.agent import Agent
+        from edge_sdk.signed import signing
 
         return Agent(
             self._store,
-            transport,
+            signing(self._store, transport, self._token),
             self._cache,
             self._name,
             self._threads,
@@ -214,4 +220,5 @@ class EdgeDevice:
             limits=self._limits,
             policy=self._policy,
             say=self._say,
+            token=self._token,
         )

@@ -1,11 +1,11 @@
-"""Files that are whole or not there: written aside, synced, renamed; transactions; and folders that one process holds."""
+"""Files that are whole or not there: written aside, synced, renamed; secrets; transactions; folders that one process holds."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,21 @@ def write(path: Path, body: bytes) -> None:
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+def secret(path: Path, make: Callable[[], bytes]) -> bytes:
+    """The content of `path`; made at the first call, and nobody but the owner may read it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".part")
+        aside.unlink(missing_ok=True)
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(make())
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_folder(path.parent)
+    return path.read_bytes()
 
 
 def sync_folder(folder: Path) -> None:

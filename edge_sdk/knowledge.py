@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -19,27 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from edge_sdk import judgments, wire
+from edge_sdk import wire
 from edge_sdk.adapters import Shapes, mismatch
 from edge_sdk.errors import DataError, WireError
+from edge_sdk.protocol import MAX_K, Judgment
 from edge_sdk.training.batches import Classes
 from edge_sdk.wire import MAX_HEADER, MAX_METRICS, MAX_TEXT, MAX_TEXTS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MAX_K = 256
 MAX_POSITIONS = 512  # of an answer, as `task.answer_tokens`
 MAX_VOCABULARY = 1 << 20
-MAX_CLASSES = 1000
 LOWEST = np.finfo(np.float16).min  # what a log-probability of minus infinity travels as
 SLACK = 0.02  # what the probabilities of a position may add up to above 1: they are rounded to 16 bits
 CHUNK = 1 << 12  # positions that are checked at once, which bounds the memory it takes
 LEVEL = 0.5 / 255  # the most that 8 bits may round to no probability
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Contents")
 
-DTYPES: dict[str, type[np.generic]] = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16}
+DTYPES: dict[str, type[np.generic]] = {"U16": np.uint16, "U32": np.uint32, "F16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -198,17 +198,16 @@ class Contents(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples: tuple[str, ...]
 
 
-class ClassContents(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What travels beside class probabilities."""
+class Judged(Contents, frozen=True, forbid_unknown_fields=True):
+    """The same of a device's knowledge, which is its judgment of a sheet."""
 
-    classes: int
-    samples: tuple[str, ...]
+    judgment: Judgment
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the header says of one tensor."""
 
-    dtype: Literal["U8", "U16", "U32", "F16"]
+    dtype: Literal["U16", "U32", "F16"]
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
@@ -220,11 +219,14 @@ def data_size(samples: int, positions: int, k: int, vocabulary: int) -> int:
 
 def size_limit(sheet: Sheet, k: int) -> int:
     """The largest body that may hold knowledge of a sheet with at most `k` tokens a position."""
-    return _compressed(_plain_limit(sheet, k))
+    return _compressed(plain_limit(sheet, k))
 
 
-def pack(knowledge: Sequence[Knowledge], sheet: Sheet) -> bytes:
+def pack(knowledge: Sequence[Knowledge], sheet: Sheet, judgment: Judgment | None = None) -> bytes:
     """One compressed safetensors file: ids in 2 or 4 bytes, log-probabilities in 16 bits; the same input, the same bytes.
+
+    Args:
+        judgment: whose knowledge it is, where a device tells the server.
 
     Raises:
         DataError: what is known is not of this sheet, or is no distribution: nobody would accept it.
@@ -238,7 +240,8 @@ def pack(knowledge: Sequence[Knowledge], sheet: Sheet) -> bytes:
             raise DataError(f"{known.id} has ids {known.ids.shape} and log-probabilities {known.logprobs.shape}")
         if known.ids.size and not 0 <= known.ids.min() <= known.ids.max() < sheet.vocabulary:
             raise DataError(f"{known.id} has a token id that is not in the vocabulary of {sheet.vocabulary}")
-    contents = Contents(sheet.tokenizer, sheet.vocabulary, k, tuple(known.id for known in knowledge))
+    about = sheet.tokenizer, sheet.vocabulary, k, tuple(known.id for known in knowledge)
+    contents = Contents(*about) if judgment is None else Judged(*about, judgment)
     said = [_rounded(known.logprobs) for known in knowledge]
     tensors = {
         "ids": np.concatenate([np.empty((0, k)), *(known.ids for known in knowledge)]).astype(_id_type(sheet.vocabulary)),
@@ -248,7 +251,7 @@ def pack(knowledge: Sequence[Knowledge], sheet: Sheet) -> bytes:
     }
     body = _pack(contents, tensors)
     try:
-        unpack(body, sheet, k)
+        _unpack(body, type(contents), lambda _: sheet, k, plain_limit(sheet, k))
     except WireError as error:
         raise DataError(f"this knowledge cannot be sent: {error.detail}") from error
     return body
@@ -266,7 +269,33 @@ def unpack(body: bytes, sheet: Sheet, k: int = MAX_K) -> list[Knowledge]:
             `wrong-knowledge` (another tokenizer, unknown or repeated samples, another answer, ids that are no tokens or
             repeated, no distribution).
     """
-    contents, header, data = _open(body, Contents, _plain_limit(sheet, k))
+    return _unpack(body, Contents, lambda _: sheet, k, plain_limit(sheet, k))[1]
+
+
+def unpack_judgment(
+    body: bytes, sheet: Callable[[Judgment], Sheet], most: int, k: int = MAX_K
+) -> tuple[Judgment, list[Knowledge]]:
+    """A device's judgment and its knowledge, as `unpack`.
+
+    Args:
+        sheet: the samples in the tokens of whoever judged them; it raises WireError where there are none.
+        most: bytes that are decompressed at most, whoever it is; see `plain_limit`.
+
+    Raises:
+        WireError: as `unpack`, or what `sheet` raises.
+    """
+
+    def asked(contents: Judged) -> Sheet:
+        wire.check_result(contents.judgment)
+        return sheet(contents.judgment)
+
+    contents, found = _unpack(body, Judged, asked, k, most)
+    return contents.judgment, found
+
+
+def _unpack(body: bytes, kind: type[C], sheet_of: Callable[[C], Sheet], k: int, limit: int) -> tuple[C, list[Knowledge]]:
+    contents, header, data = _open(body, kind, limit)
+    sheet = sheet_of(contents)
     if (contents.tokenizer, contents.vocabulary) != (sheet.tokenizer, sheet.vocabulary):
         raise _wrong("it is in the tokens of another tokenizer than the sender's bundle has")
     if not 1 <= contents.k <= min(k, MAX_K, sheet.vocabulary):
@@ -284,44 +313,10 @@ def unpack(body: bytes, sheet: Sheet, k: int = MAX_K) -> list[Knowledge]:
     _check_distributions(arrays["ids"], arrays["logprobs"], sheet.vocabulary)
     ids, logprobs = arrays["ids"].astype(np.int64), arrays["logprobs"].astype(np.float32)
     ends = np.cumsum([len(truth.tokens) for truth in truths], dtype=np.int64)
-    return [
+    return contents, [
         Knowledge(name, truth.size, ids[end - len(truth.tokens) : end], logprobs[end - len(truth.tokens) : end])
         for name, truth, end in zip(contents.samples, truths, ends.tolist(), strict=True)
     ]
-
-
-def pack_classes(known: Mapping[str, Classes]) -> bytes:
-    """Class probabilities by sample id in 8 bits each, as judgments travel. Raises: DataError: they differ in length."""
-    widths = {classes.probabilities.shape for classes in known.values()} or {(2,)}
-    if len(widths) != 1 or len(next(iter(widths))) != 1:
-        raise DataError("all samples have the same classes")
-    (n_classes,) = next(iter(widths))
-    rows = np.array([classes.probabilities for classes in known.values()], np.float64).reshape(-1, n_classes)
-    if not np.isfinite(rows).all():
-        raise DataError("a class probability is NaN or infinite")
-    answer = judgments.encode(rows, [0] * len(rows), "probabilities")
-    return _pack(ClassContents(n_classes, tuple(known)), {"classes": answer})
-
-
-def unpack_classes(body: bytes, samples: Sequence[str], n_classes: int) -> dict[str, Classes]:
-    """The class probabilities of a message by sample id; rows of zeros, which say nothing, are left out.
-
-    Args:
-        samples: what the message may be about, each once.
-
-    Raises:
-        WireError: as `unpack`.
-    """
-    if not 2 <= n_classes <= MAX_CLASSES or len(samples) > MAX_TEXTS:
-        raise DataError(f"knowledge is about at most {MAX_TEXTS} samples of 2 to {MAX_CLASSES} classes")
-    contents, header, data = _open(body, ClassContents, MAX_HEADER + 8 + n_classes * len(samples))
-    if contents.classes != n_classes:
-        raise WireError("wrong-shape", f"the task has {n_classes} classes, not {contents.classes}", 422)
-    _check_samples(contents.samples, dict.fromkeys(samples))
-    count = len(contents.samples)
-    answer = _arrays(header, data, {"classes": (count, n_classes)}, {"classes": "U8"})["classes"].astype(np.uint8)
-    rows = judgments.decode(answer, [0] * count, n_classes, "probabilities").astype(np.float32)
-    return {name: Classes(row) for name, row in zip(contents.samples, rows, strict=True) if row.any()}
 
 
 def _pack(contents: msgspec.Struct, tensors: dict[str, NDArray[np.generic]]) -> bytes:
@@ -416,7 +411,8 @@ def _id_type(vocabulary: int) -> type[np.generic]:
     return DTYPES[f"U{8 * _width(vocabulary)}"]
 
 
-def _plain_limit(sheet: Sheet, k: int) -> int:
+def plain_limit(sheet: Sheet, k: int) -> int:
+    """The most bytes that knowledge of a sheet with at most `k` tokens a position has, not compressed."""
     positions = sum(len(truth.tokens) for truth in sheet.truths.values())
     k = max(min(k, MAX_K, sheet.vocabulary), 1)
     return 8 + MAX_HEADER + data_size(len(sheet.truths), positions, k, sheet.vocabulary)

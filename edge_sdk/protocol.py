@@ -1,4 +1,4 @@
-"""Every message between a device and the server, as frozen typed values; version 4.
+"""Every message between a device and the server, as frozen typed values; version 5.
 
 A device enrols and gets the `Manifest`, then asks for work again and again: `Train`, `Predict`, `Evaluate`, `Wait` or
 `Finished`. What came of it goes back as an `Update` or a `Judgment` (beside tensors), an `Evaluation` or `Trained`, and is
@@ -13,7 +13,8 @@ import math
 import msgspec
 
 from edge_sdk.adapters import AdapterSpec
-from edge_sdk.bundle import Bundle
+from edge_sdk.bundle import Bundle, File
+from edge_sdk.codec import Encoding
 from edge_sdk.cohort import Request
 from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.judgments import Form
@@ -21,7 +22,8 @@ from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Task
 from edge_sdk.training.batches import Training
 
-PROTOCOL = 4
+PROTOCOL = 5
+MAX_K = 256  # tokens that a position of knowledge may have
 
 Metrics = dict[str, float]
 
@@ -33,13 +35,15 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Enroll(Message, frozen=True):
     """Device -> server, first contact; repeating it changes nothing.
 
-    `model` chooses among the bundles of a run that has several; "" for the first.
+    `model` chooses among the bundles of a run that has several; "" for the first. `token` admits the device where the server
+    knows its devices, once; "" afterwards.
     """
 
     protocol: int
     device: str
     name: str
     model: str = ""
+    token: str = ""
 
 
 class Manifest(Message, frozen=True):
@@ -104,7 +108,8 @@ class Lesson(Message, frozen=True):
     """Public texts in training, with their labels and what the server's LLM says of them: `count` lines of the blob `blob`.
 
     `batch_size` of them are in each step. A text is learned by `label_weight` of its label and the rest of what the LLM says,
-    where that says the label better than the device itself; else by its label alone (FedMKT).
+    where that says the label better than the device itself; else by its label alone (FedMKT). Where answers are texts, the blob
+    is a `Told`.
     """
 
     blob: str
@@ -117,6 +122,21 @@ class Lesson(Message, frozen=True):
             raise SettingsError("lesson.label_weight must be in [0, 1], lesson.batch_size 1 to 4096")
 
 
+class Told(Message, frozen=True):
+    """What the server's LLM says of public answers, and how it spells them; all in blobs.
+
+    Args:
+        texts: lines of `Text`. knowledge: its likeliest tokens at each position of their answers (`knowledge.unpack`).
+        tokenizer: its `tokenizer.json`. task: how it is asked. end: the token that closes its answers, None for none.
+    """
+
+    texts: File
+    knowledge: File
+    tokenizer: File
+    task: Task
+    end: int | None
+
+
 class Train(Message, frozen=True, tag="train", tag_field="verb"):
     """Start from the global adapter of `version`, learn from private data, send the difference.
 
@@ -127,6 +147,7 @@ class Train(Message, frozen=True, tag="train", tag_field="verb"):
         share: whether the difference is sent; else the device keeps what it learned, and answers `Trained`.
         lesson: public texts to learn from too, and the device goes on from its own adapter, where it has one.
         masked: the difference waits on the device until a cohort averages it; it answers `Trained`, without numbers.
+        upload: how the numbers of the difference travel.
     """
 
     version: int
@@ -138,12 +159,14 @@ class Train(Message, frozen=True, tag="train", tag_field="verb"):
     share: bool = True
     masked: bool = False
     lesson: Lesson | None = None
+    upload: Encoding = "fp32"
 
 
 class Predict(Message, frozen=True, tag="predict", tag_field="verb"):
     """Judge the `count` synthetic texts of sheet `version`, the blob `sheet` of `size` bytes: what class is each?
 
-    The device answers with the adapter it trained last, or the global one, `adapter`, where it has trained none.
+    The device answers with the adapter it trained last, or the global one, `adapter`, where it has trained none. Where answers
+    are texts, it tells the `top_k` likeliest tokens at each position of the answers that the sheet holds.
     """
 
     version: int
@@ -152,6 +175,11 @@ class Predict(Message, frozen=True, tag="predict", tag_field="verb"):
     size: int
     count: int
     form: Form
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.top_k <= MAX_K:
+            raise SettingsError(f"predict.top_k must be 0 to {MAX_K}")
 
 
 class Evaluate(Message, frozen=True, tag="evaluate", tag_field="verb"):
@@ -180,7 +208,8 @@ Work = Train | Predict | Evaluate | Wait | Finished | Request
 class Update(Message, frozen=True, tag="update", tag_field="result"):
     """Device -> server, beside the tensors of adapter(trained) - adapter(version) for the part that was trained.
 
-    `layers` and `rank` name that part as `Manifest.part` does; 0 for all.
+    `layers` and `rank` name that part as `Manifest.part` does; 0 for all. `encoding` says how the numbers are written, whatever
+    the server asked for.
     """
 
     device: str
@@ -189,6 +218,7 @@ class Update(Message, frozen=True, tag="update", tag_field="result"):
     metrics: Metrics
     layers: int = 0
     rank: int = 0
+    encoding: Encoding = "fp32"
 
 
 class Evaluation(Message, frozen=True, tag="evaluation", tag_field="result"):
@@ -229,11 +259,12 @@ Result = Update | Judgment | Evaluation | Trained
 
 
 class Text(Message, frozen=True):
-    """One line of a sheet: a synthetic text to be judged, and the class it was written for."""
+    """One line of a sheet: a synthetic text to be judged, and the class it was written for; or a public text and its answer."""
 
     id: str
     text: str
     label: int
+    answer: str = ""
 
 
 class Sample(Message, frozen=True, tag="sample", tag_field="line"):

@@ -34,6 +34,7 @@ CREATE TABLE IF NOT EXISTS examples (
 CREATE TABLE IF NOT EXISTS synthetic (seq INTEGER PRIMARY KEY, id TEXT NOT NULL, line BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (
     id INTEGER PRIMARY KEY CHECK (id = 1), content_type TEXT NOT NULL, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS residual (id INTEGER PRIMARY KEY CHECK (id = 1), body BLOB NOT NULL);
 """
 
 
@@ -70,6 +71,14 @@ class Store:
         with self._lock:
             self._db.execute("INSERT OR IGNORE INTO facts VALUES ('device', ?)", (uuid.uuid4().hex,))
             return str(self._db.execute("SELECT value FROM facts WHERE name = 'device'").fetchone()[0])
+
+    def become(self, device_id: str) -> None:
+        """Takes another id. Work and results under the old one are dropped: no server would take them from the new one."""
+        if self.device_id != device_id:
+            with self._lock, transaction(self._db):
+                self._db.execute(_SET_FACT, ("device", device_id))
+                self._db.execute("DELETE FROM outbox")
+                self._db.execute("DELETE FROM facts WHERE name IN (?, ?)", (WORK, MEMBER))
 
     def fact(self, name: str) -> str | None:
         with self._lock:
@@ -165,11 +174,27 @@ class Store:
             self._db.execute("DELETE FROM synthetic")
             self._db.execute("DELETE FROM facts WHERE name = ?", (CURSOR,))
 
-    def post(self, parcel: Parcel) -> None:
-        """Puts a result into the outbox, which holds at most one; the work it is the result of is forgotten."""
+    def post(self, parcel: Parcel, residual: bytes | None = None) -> None:
+        """Puts a result into the outbox, which holds at most one; the work it is the result of is forgotten.
+
+        Args:
+            residual: what rounding lost of the result, kept in place of what was lost before; None where nothing is rounded.
+        """
         with self._lock, transaction(self._db):
             self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (parcel.content_type, parcel.body))
             self._db.execute("DELETE FROM facts WHERE name = ?", (WORK,))
+            if residual is not None:
+                self._db.execute("INSERT OR REPLACE INTO residual VALUES (1, ?)", (residual,))
+
+    def residual(self) -> bytes | None:
+        """What rounding lost of the last result that was posted with such a rest."""
+        with self._lock:
+            row = self._db.execute("SELECT body FROM residual").fetchone()
+        return None if row is None else bytes(row[0])
+
+    def drop_residual(self) -> None:
+        with self._lock:
+            self._db.execute("DELETE FROM residual")
 
     def pending(self) -> Parcel | None:
         with self._lock:

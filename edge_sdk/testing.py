@@ -15,8 +15,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from edge_sdk import exchange, knowledge
+from edge_sdk.bundle import TOKENIZER
 from edge_sdk.cohort import Advertise, Answer, Reveal, Shares
 from edge_sdk.errors import Unreachable, WireError
+from edge_sdk.exchange import Voice
 from edge_sdk.judgments import width
 from edge_sdk.protocol import (
     Ask,
@@ -28,11 +31,13 @@ from edge_sdk.protocol import (
     Problem,
     Receipt,
     Result,
+    Text,
     Train,
     Trained,
     Wait,
     Work,
 )
+from edge_sdk.tokens import PromptEncoder
 from edge_sdk.transport import Response
 from edge_sdk.wire import (
     JUDGMENT_TYPE,
@@ -45,6 +50,7 @@ from edge_sdk.wire import (
     pack_lines,
     unpack,
     unpack_judgment,
+    unpack_lines,
     unpack_masked,
     update_shapes,
 )
@@ -139,6 +145,8 @@ class ServerSimulator:
         if content_type == JUDGMENT_TYPE:
             if (sheet := self.sheet) is None:
                 raise WireError("unknown-sheet", "no sheet was handed out", 409)
+            if self.manifest.task.answer_tokens:
+                return knowledge.unpack_judgment(body, lambda _: self._spelled(sheet), MAX_JSON, sheet.top_k)[0]
             classes = len(self.manifest.task.labels)
             return unpack_judgment(body, lambda _: (sheet.count, width(sheet.form, classes)))[0]
         if content_type == MASKED_TYPE:
@@ -147,3 +155,11 @@ class ServerSimulator:
         kinds = Evaluation | Trained | Advertise | Shares | Reveal
         report: Result | Answer = decode(body, kinds)  # type: ignore[arg-type]  # a union is fine for msgspec
         return report
+
+    def _spelled(self, sheet: Predict) -> knowledge.Sheet:
+        """The answers of a sheet as this run's model spells them."""
+        bundle, task = self.manifest.bundle, self.manifest.task
+        tokenizer = self.blobs[bundle.files[TOKENIZER].sha256].decode()
+        encoder = PromptEncoder(tokenizer, bundle.prefix, bundle.suffix, bundle.positions, task)
+        public = unpack_lines(self.blobs[sheet.sheet], Text)
+        return exchange.sheet(Voice(encoder, next(iter(bundle.end), None)), public)

@@ -19,7 +19,7 @@ class PromptEncoder:
     """Tokenizes prompts exactly as the bundle says they start and end.
 
     Args:
-        tokenizer: path of a `tokenizer.json`.
+        tokenizer: path of a `tokenizer.json`, or what is in it.
         prefix: token ids every sequence starts with ([CLS] of an encoder; nothing, or BOS, for a decoder).
         suffix: token ids every sequence ends with ([SEP] of an encoder).
         positions: longest sequence the model can read.
@@ -29,8 +29,9 @@ class PromptEncoder:
         DataError: the pattern alone is as long as the model can read.
     """
 
-    def __init__(self, tokenizer: Path, prefix: Sequence[int], suffix: Sequence[int], positions: int, task: Task) -> None:
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
+    def __init__(self, tokenizer: Path | str, prefix: Sequence[int], suffix: Sequence[int], positions: int, task: Task) -> None:
+        read = Tokenizer.from_str if isinstance(tokenizer, str) else Tokenizer.from_file
+        self._tokenizer: Tokenizer = read(str(tokenizer))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         before, after = task.pattern.split("{text}")
@@ -91,10 +92,19 @@ class PromptEncoder:
         """
         if not self._answer_tokens:
             raise DataError("the answers of this task are its labels")
-        space = "" if self._ends_in_space else " "
-        encoded = _read(self._encode([space + text.strip() if text.strip() else "" for text in _strings(texts)]))
+        encoded = _read(self._encode([self.spelled(text) for text in _strings(texts)]))
         last = [] if end is None else [end]
         return [[*ids[: self._answer_tokens - len(last)], *last] for ids in encoded]
+
+    def spelled(self, answer: str) -> str:
+        """An answer as it is tokenized: with a leading space where the pattern ends without one; "" for an empty one."""
+        bare = answer.strip()
+        return bare if self._ends_in_space or not bare else " " + bare
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """It neither cuts nor pads."""
+        return self._tokenizer
 
     def words(self) -> list[Ids]:
         """Token ids of each class's label word, for a decoder.

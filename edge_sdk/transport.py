@@ -6,6 +6,7 @@ Foreign errors end here: a transport raises `Unreachable`, a call raises `Unreac
 from __future__ import annotations
 
 import hashlib
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,11 +55,16 @@ class Transport(Protocol):
 class HttpTransport:
     """HTTP/1.1 through aiohttp; use as an async context manager.
 
+    Args:
+        timeout: seconds without a byte.
+        ca: file of the certificates that the server's must come from; None for those the system trusts.
+        bearer: the operator's token, for the operator's calls.
+
     Raises:
-        SettingsError: `server` is not a URL.
+        SettingsError: `server` is not a URL, or `ca` no file of certificates.
     """
 
-    def __init__(self, server: str, timeout: float = 60.0) -> None:
+    def __init__(self, server: str, timeout: float = 60.0, ca: Path | None = None, bearer: str = "") -> None:
         if not server.startswith(("http://", "https://")):
             server = f"http://{server}"
         self._server = server.rstrip("/")
@@ -68,11 +74,18 @@ class HttpTransport:
             known = None
         if not known:
             raise SettingsError(f"{server!r} is not a server's URL, e.g. http://192.168.1.5:8440")
+        if ca is not None and not self._server.startswith("https://"):
+            raise SettingsError(f"a certificate was given, but {self._server} is not an https:// URL")
+        self._tls = True if ca is None else _trusting(ca)
+        self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> HttpTransport:
-        self._session = aiohttp.ClientSession(timeout=self._timeout, raise_for_status=False)
+        connector = aiohttp.TCPConnector(ssl=self._tls)
+        self._session = aiohttp.ClientSession(
+            timeout=self._timeout, raise_for_status=False, connector=connector, headers=self._headers
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -106,9 +119,22 @@ class HttpTransport:
                     else:
                         _append(keep, chunk)
                 return Response(answer.status, bytes(content), dict(answer.headers))
+        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
+            reason = " ".join(str(error).split())
+            raise Unreachable(f"no trusted TLS with {self._server} ({reason}); name the file of its certificate: --ca") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__  # some are several lines
             raise Unreachable(f"no answer from {self._server} ({reason}); is the server running?") from error
+
+
+def _trusting(ca: Path) -> ssl.SSLContext:
+    """Raises: SettingsError: the file cannot be read, or holds no certificate."""
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:  # an SSLError is one
+        raise SettingsError(f"{ca} is no PEM file of certificates ({error.strerror or error})") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
 
 
 def _append(path: Path, chunk: bytes) -> None:
@@ -126,8 +152,8 @@ class Api:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    async def enroll(self, device: str, name: str, model: str = "") -> Manifest:
-        return decode(await self._post("/v1/enroll", encode(Enroll(PROTOCOL, device, name, model))), Manifest)
+    async def enroll(self, device: str, name: str, model: str = "", token: str = "") -> Manifest:
+        return decode(await self._post("/v1/enroll", encode(Enroll(PROTOCOL, device, name, model, token))), Manifest)
 
     async def ask(self, device: str, can_train: bool) -> Work:
         body = await self._post("/v1/work", encode(Ask(device, can_train)))

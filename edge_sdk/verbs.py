@@ -14,12 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_sdk import softlabels
+from edge_sdk import exchange, softlabels
 from edge_sdk.adapters import Adapter, AdapterSpec, Array, Arrays, take
 from edge_sdk.engines import Scorer
 from edge_sdk.errors import DataError
+from edge_sdk.exchange import Heard, Voice
 from edge_sdk.judgments import Bytes, Form, encode
-from edge_sdk.knowledge import class_targets
+from edge_sdk.knowledge import Knowledge, Sheet, class_targets
 from edge_sdk.protocol import Lesson, Metrics, Mix, Sample, Text
 from edge_sdk.softlabels import SoftLabels, SoftSet
 from edge_sdk.tasks import Example, Private, accuracy, sharpen, softmax
@@ -71,7 +72,7 @@ def prepare(
     part: AdapterSpec | None = None,
     synthetic: Sequence[Sample] = (),
     mix: Mix | None = None,
-    public: Sequence[Sample] = (),
+    public: Sequence[Sample] | Heard = (),
     lesson: Lesson | None = None,
 ) -> Prepared:
     """What to learn from private data, starting at the global adapter of `version`.
@@ -79,7 +80,7 @@ def prepare(
     Args:
         part: what of `spec` is trained; all of it by default.
         synthetic: samples to learn from too, by their soft labels, as `mix` says.
-        public: labelled texts and what the server's LLM says of them, to learn from as `lesson` says.
+        public: labelled or answered texts and what the server's LLM says of them, to learn from as `lesson` says.
 
     Raises:
         DataError: no text with a label or an answer, or a sample of another task.
@@ -104,9 +105,13 @@ def prepare(
         sources.append(Source(soft_rows, mix.batch_size, mix.weight))
         metrics = {**metrics, "synthetic_examples": float(len(synthetic))}
     if lesson is not None and public:
-        rows_of, taught = _public(public, Adapter(start, spec), engine, lesson)
+        own = Adapter(start, spec)
+        if isinstance(public, Heard):
+            rows_of, taught = _answered(public, own, engine, lesson)
+        else:
+            rows_of, taught = _public(public, own, engine, lesson)
         sources.append(Source(rows_of, lesson.batch_size))
-        metrics = {**metrics, "public_examples": float(len(public)), "public_taught": taught}
+        metrics = {**metrics, "public_examples": float(len(rows_of)), "public_taught": taught}
     job = Job(dict(start) if part is None else take(start, part), sources, training, seed)
     return Prepared(job, part or spec, count, metrics)
 
@@ -123,6 +128,33 @@ def _public(public: Sequence[Sample], adapter: Adapter, engine: Scorer, lesson: 
     targets, chosen = class_targets(labels, own, [told], lesson.label_weight)
     rows = [Row(ids, Classes(target)) for ids, target in zip(engine.encoder.prompts(texts), targets, strict=True)]
     return rows, float(np.mean(chosen >= 0))
+
+
+def _answered(heard: Heard, adapter: Adapter, engine: Scorer, lesson: Lesson) -> tuple[list[Row], float]:
+    """Rows of public answers, and the share of them that the LLM says better than this device."""
+    engine.set_adapter(adapter)
+    own = know(heard.public, engine, max((known.ids.shape[1] for known in heard.knowledge), default=1))
+    teacher = heard.voice, heard.knowledge
+    rows, chosen = exchange.lessons(Voice(engine.encoder, engine.end), heard.public, own, [teacher], lesson.label_weight)
+    return rows, float(np.mean(chosen >= 0))
+
+
+def tell(
+    public: Sequence[Text], adapter: Arrays, spec: AdapterSpec, private: Private, engine: Scorer, k: int
+) -> tuple[Metrics, list[Knowledge], Sheet]:
+    """What this device makes of public answers: how it does on its held-out text, what it says, and how it spells them.
+
+    Raises:
+        DataError: an answer is empty.
+    """
+    _, metrics = evaluate(adapter, spec, private, engine)
+    engine.set_adapter(Adapter(adapter, spec))
+    return metrics, know(public, engine, k), exchange.sheet(Voice(engine.encoder, engine.end), public)
+
+
+def know(public: Sequence[Text], engine: Scorer, k: int) -> list[Knowledge]:
+    """What a model, with the adapter it has, says of public answers: the k likeliest tokens at each position."""
+    return exchange.said(public, engine.answer_top_k([t.text for t in public], [t.answer for t in public], k))
 
 
 def train(

@@ -11,14 +11,16 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from edge_sdk import codec
 from edge_sdk.adapters import Array, Arrays, Shapes, mismatch, not_finite, row_major
+from edge_sdk.codec import Layout, Tensors
 from edge_sdk.cohort import Masked
 from edge_sdk.errors import DataError, WireError
 from edge_sdk.judgments import Bytes
@@ -42,6 +44,8 @@ MIN_EXAMPLES: dict[type, int] = {Update: 1, Evaluation: 0, Trained: 1, Judgment:
 
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)  # what msgspec raises where JSON or a type is wrong
 
+ITEM: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
+
 T = TypeVar("T")
 
 
@@ -64,7 +68,7 @@ class RingEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a safetensors header says of one tensor; whole numbers only, as the reference reader has it."""
 
-    dtype: Literal["F32"]
+    dtype: Literal["F32", "F16", "I8"]
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
@@ -87,8 +91,12 @@ def decode(body: bytes, kind: type[T], limit: int = MAX_JSON) -> T:
 
 
 def pack(update: Update, delta: Arrays) -> bytes:
-    """One safetensors file: float32 tensors and the message; the same input gives the same bytes."""
-    return bytes(save(row_major(delta), metadata={"message": encode(update).decode()}))
+    """One safetensors file: tensors as `update.encoding` has them, and the message; the same input gives the same bytes.
+
+    Raises:
+        DataError: a number of the delta is none that the encoding holds.
+    """
+    return bytes(save(codec.encode(delta, update.encoding), metadata={"message": encode(update).decode()}))
 
 
 def unpack(body: bytes, shapes: Callable[[Update], Shapes]) -> tuple[Update, dict[str, Array]]:
@@ -99,12 +107,18 @@ def unpack(body: bytes, shapes: Callable[[Update], Shapes]) -> tuple[Update, dic
 
     Raises:
         WireError: `bad-message`, `wrong-part`, `bad-tensors` (not safetensors, or too many tensors), `wrong-shape` (names, shapes
-            or types differ from the adapter's slots), `not-finite` (NaN or infinity).
+            or types are not those of the adapter's slots in the message's encoding), `bad-codes` (int8 that no encoder makes),
+            `not-finite` (NaN or infinity).
     """
     header, metadata, data = open_tensors(body)
     update = decode(message_of(metadata), Update)
     check_result(update)
-    return update, _finite(_arrays(header, data, shapes(update)))
+    expected = shapes(update)
+    tensors = _tensors(header, data, codec.layout(expected, update.encoding))
+    try:
+        return update, _finite(codec.decode(tensors, update.encoding, expected))
+    except DataError as error:
+        raise WireError("bad-codes", str(error), 422) from error
 
 
 def update_shapes(manifest: Manifest) -> Callable[[Update], Shapes]:
@@ -197,6 +211,8 @@ def unpack_lines(body: bytes, kind: type[T]) -> list[T]:
 def _check_text(line: Text | Sample) -> None:
     if not 1 <= len(line.id) <= MAX_METRICS or not 0 < len(line.text) <= MAX_TEXT or not line.text.isprintable():
         raise WireError("bad-message", f"a text has 1 to {MAX_TEXT} printable characters, and an id of 1 to {MAX_METRICS}")
+    if isinstance(line, Text) and (len(line.answer) > MAX_TEXT or not line.answer.isprintable()):
+        raise WireError("bad-message", f"an answer has at most {MAX_TEXT} printable characters")
     if isinstance(line, Sample) and not all(0 <= p <= 1 for p in (*line.soft, line.quality)):
         raise WireError("bad-message", "soft labels and quality are probabilities")
     if isinstance(line, Sample) and not sum(line.soft) > 0:
@@ -211,7 +227,7 @@ def pack_adapter(arrays: Arrays) -> bytes:
 def unpack_adapter(body: bytes, shapes: Shapes) -> dict[str, Array]:
     """Raises: WireError: as `unpack`, for the tensors."""
     header, _, data = open_tensors(body)
-    return _finite(_arrays(header, data, shapes))
+    return _finite(dict(_tensors(header, data, codec.layout(shapes, "fp32"))))
 
 
 def size_limit(shapes: Shapes) -> int:
@@ -280,26 +296,30 @@ def _header(body: bytes) -> tuple[dict[str, msgspec.Raw], int]:
     return header, 8 + length
 
 
-def _arrays(header: Mapping[str, msgspec.Raw], data: memoryview, expected: Shapes) -> dict[str, Array]:
-    """Float32 arrays that have the expected names and shapes and fill `data` exactly; copies, so the body can be let go."""
+def _tensors(header: Mapping[str, msgspec.Raw], data: memoryview, expected: Layout) -> Tensors:
+    """Arrays that have the expected names, types and shapes and fill `data` exactly; copies, so the body can be let go."""
     entries: dict[str, TensorEntry] = {}
     for name, raw in header.items():
         try:
             entries[name] = msgspec.json.decode(raw, type=TensorEntry)
         except NOT_JSON as error:
-            raise WireError("wrong-shape", f"{name[:100]!r} is not a float32 tensor with shape and offsets", 422) from error
-    if problem := mismatch({name: entry.shape for name, entry in entries.items()}, expected):
+            raise WireError("wrong-shape", f"{name[:100]!r} is no tensor of numbers with shape and offsets", 422) from error
+    shapes = {name: shape for name, (_, shape) in expected.items()}
+    if problem := mismatch({name: entry.shape for name, entry in entries.items()}, shapes):
         raise WireError("wrong-shape", problem[:500], 422)
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
-        if begin != position or end - begin != 4 * math.prod(expected[name]):
+        if entry.dtype != expected[name][0]:
+            raise WireError("wrong-shape", f"{name} is {entry.dtype}, and not {expected[name][0]}", 422)
+        if begin != position or end - begin != ITEM[entry.dtype].itemsize * math.prod(entry.shape):
             raise WireError("bad-tensors", f"{name} does not lie in the file as its shape says")
         position = end
     if position != len(data):
         raise WireError("bad-tensors", "bytes follow the last tensor")
-    arrays: dict[str, Array] = {}
+    tensors = {}
     for name, entry in entries.items():
         begin, end = entry.data_offsets
-        arrays[name] = np.frombuffer(data[begin:end], dtype="<f4").reshape(expected[name]).astype(np.float32)
-    return arrays
+        item = ITEM[entry.dtype]
+        tensors[name] = np.frombuffer(data[begin:end], item).reshape(entry.shape).astype(item.newbyteorder("="))
+    return tensors

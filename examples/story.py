@@ -15,7 +15,7 @@ from edge_server import coordinator
 from edge_server.compute import LocalCompute
 from edge_server.coordinator import Event, State
 from edge_server.settings import RunSettings
-from edge_server.storage import Blobs, EventLog
+from edge_server.storage import Blobs, EventLog, sqlite
 from edge_server.systems.crosslm import Judged
 
 SHOWN = 4  # texts of a sheet
@@ -41,7 +41,7 @@ def read(data: Path, settings: RunSettings, examples: Sequence[Example]) -> Stor
     Raises:
         JobFailed, DataError: the LLM cannot be asked, or the folder is no such run.
     """
-    state, log, blobs = State(), EventLog(data / "events.sqlite"), Blobs(data / "blobs")
+    state, log, blobs = State(), EventLog(sqlite(data / "events.sqlite")), Blobs(data / "blobs")
     for body in log.read():
         state = coordinator.apply(state, msgspec.json.decode(body, type=Event))
     log.close()

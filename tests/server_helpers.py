@@ -47,7 +47,7 @@ from edge_server.llm.jobs import (
     Write,
 )
 from edge_server.settings import AdapterSettings, RunSettings
-from edge_server.storage import EventLog
+from edge_server.storage import EventLog, sqlite
 from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.fedcollm import FedCoLlm
 from edge_server.systems.fedmkt import FedMkt
@@ -247,11 +247,12 @@ def open_ledger(
     now: Callable[[], float] = time.time,
     auxiliary: tuple[Example, ...] = (),
     others: Mapping[str, Manifest] | None = None,
+    state: str = "",
 ) -> Ledger:
     run = run or settings()
     auxiliary = auxiliary or {"fedcollm": AUXILIARY, "fedmkt": PUBLIC}.get(run.system, ())
     told = run_settings.manifest(run, factories.bundle())
-    return Ledger(run, told, data, say, compute, now=now, auxiliary=auxiliary, others=others)
+    return Ledger(run, told, data, say, compute, now=now, auxiliary=auxiliary, others=others, state=state)
 
 
 @dataclass(frozen=True)
@@ -348,7 +349,7 @@ def with_message(message: object) -> bytes:
 
 def events(data: Path) -> list[Event]:
     """Everything on disk, oldest first."""
-    log = EventLog(data / "events.sqlite")
+    log = EventLog(sqlite(data / "events.sqlite"))
     try:
         return [msgspec.json.decode(body, type=Event) for body in log.read()]
     finally:

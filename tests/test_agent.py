@@ -16,6 +16,7 @@ from edge_sdk import EdgeDevice
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import Adapter, AdapterSpec, add
 from edge_sdk.agent import ADAPTER, CHECKPOINT, HIDDEN, PAGE, SPEED, START, Agent, Models, bundle_folder, kept_adapter
+from edge_sdk.codec import Encoding
 from edge_sdk.eligibility import Conditions, Policy
 from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.files import held
@@ -43,7 +44,7 @@ from edge_sdk.testing import ServerSimulator
 from edge_sdk.training.batches import Training
 from edge_sdk.training.depth import Limits
 from edge_sdk.wire import JSON_TYPE, encode, pack_adapter, pack_lines, unpack, unpack_adapter, unpack_judgment, update_shapes
-from tests import factories
+from tests import factories, strategies
 
 
 class Enough(Exception):
@@ -637,6 +638,120 @@ async def test_a_frozen_factor_stays_at_home(world: World) -> None:
     assert sent(world)[1].keys() == {slot.b for slot in spec.slots}
 
 
+# Rounded uploads ------------------------------------------------------------------------------------------------------
+def rounded(adapter: str, version: int = 0, upload: Encoding = "int8") -> Train:
+    """Of each version other steps."""
+    return Train(version, adapter, Training(steps=version + 1, batch_size=3), None, seed=1, upload=upload)
+
+
+async def deliver(world: World, home: Path, works: list[Train], kind: type[Store] = Store) -> tuple[list[dict[str, Any]], Store]:
+    """What a device sends, work by work, as the server reads it; its store, too."""
+    store = kind(home)
+    many(store)
+    server = ServerSimulator(world.server.manifest, list(works), world.server.blobs)
+    agent = Agent(store, server, world.cache, "device", look=Conditions, say=world.lines.append, sleep=world.sleep)
+    await agent.run(updates=len(works))
+    return [unpack(body, update_shapes(world.server.manifest))[1] for body in server.bodies], store
+
+
+def total(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: np.sum([delta[name] for delta in deltas], axis=0) for name in deltas[0]}
+
+
+async def test_what_int8_loses_comes_with_the_next_update(world: World, tmp_path: Path) -> None:
+    """Over four versions the sum of what arrived and the last rest is the sum of what was learned; without the rest it is not."""
+    adapter = start(world)
+    true, _ = await deliver(world, tmp_path / "fp32", [rounded(adapter, v, "fp32") for v in range(4)])
+    arrived, store = await deliver(world, tmp_path / "int8", [rounded(adapter, v) for v in range(4)])
+    residual = store.residual()
+    assert residual is not None
+    rest = unpack_adapter(residual, world.spec.shapes())
+    store.close()
+
+    for name, learned in total(true).items():
+        scale = np.abs(learned).max() / 127
+        np.testing.assert_allclose(total(arrived)[name] + rest[name], learned, atol=1e-6)
+        assert 0 < np.abs(total(arrived)[name] - learned).max() < scale
+
+
+@pytest.mark.parametrize("upload", ["fp16", "fp32"])
+async def test_other_encodings_keep_no_rest(world: World, tmp_path: Path, upload: Encoding) -> None:
+    """float16's digits are enough: what it sends is what was learned, to three of them."""
+    adapter = start(world)
+    (true,), _ = await deliver(world, tmp_path / "fp32", [rounded(adapter, 1, "fp32")])
+    (arrived,), store = await deliver(world, tmp_path / upload, [rounded(adapter, 1, upload)])
+
+    assert store.residual() is None
+    assert all(np.allclose(arrived[name], true[name], rtol=1e-3, atol=1e-7) for name in true)
+    store.close()
+
+
+class DiesBefore(Store):
+    """The power goes before an update with a rest is in the outbox."""
+
+    def post(self, parcel: Parcel, residual: bytes | None = None) -> None:
+        if residual is not None:
+            raise PowerCut
+        super().post(parcel)
+
+
+class DiesAfter(Store):
+    """The power goes once an update with a rest is in the outbox."""
+
+    def post(self, parcel: Parcel, residual: bytes | None = None) -> None:
+        super().post(parcel, residual)
+        if residual is not None:
+            raise PowerCut
+
+
+@pytest.mark.parametrize("kind", [DiesBefore, DiesAfter])
+async def test_a_rest_is_neither_lost_nor_sent_twice(world: World, tmp_path: Path, kind: type[Store]) -> None:
+    """Cut on either side of the outbox, at the second of three updates, the device sends the bytes it would have sent."""
+    works = [rounded(start(world), v) for v in range(3)]
+    expected, store = await deliver(world, tmp_path / "undisturbed", works)
+    last = store.residual()
+    store.close()
+    (first,), store = await deliver(world, tmp_path / "cut", works[:1])
+    store.close()
+    with pytest.raises(PowerCut):
+        await deliver(world, tmp_path / "cut", works[1:], kind)
+    (second,), store = await deliver(world, tmp_path / "cut", works[1:2])
+    store.close()
+    (third,), store = await deliver(world, tmp_path / "cut", works[2:])
+
+    assert all(strategies.same(a, b) for a, b in zip([first, second, third], expected, strict=True))
+    assert store.residual() == last
+    store.close()
+
+
+async def test_a_rest_of_another_part_is_left_behind(world: World, tmp_path: Path) -> None:
+    """A device that now trains more than before cannot add what it lost of less."""
+    adapter = start(world)
+    (alone,), store = await deliver(world, tmp_path / "alone", [rounded(adapter)])
+    store.close()
+    store = Store(tmp_path / "other")
+    store.post(Parcel(JSON_TYPE, b""), pack_adapter(world.spec.part(1, 2).start(0)))
+    store.delivered()
+    store.close()
+    (arrived,), store = await deliver(world, tmp_path / "other", [rounded(adapter)])
+
+    assert strategies.same(arrived, alone)
+    store.close()
+
+
+async def test_another_run_gets_no_rest_of_the_old_one(world: World, tmp_path: Path) -> None:
+    """What was lost belongs to an adapter that is gone."""
+    adapter = start(world)
+    (alone,), store = await deliver(world, tmp_path / "home", [rounded(adapter)])
+    store.close()
+    world.server.manifest = msgspec.structs.replace(world.server.manifest, run="another")
+    (arrived,), store = await deliver(world, tmp_path / "home", [rounded(adapter)])
+
+    assert world.said("another run")
+    assert strategies.same(arrived, alone)
+    store.close()
+
+
 # Another run ----------------------------------------------------------------------------------------------------------
 async def test_another_run_drops_work_and_checkpoint(world: World) -> None:
     """What was being trained for the old run is not even begun when its manifest is not known any more."""
@@ -1062,7 +1177,7 @@ async def test_what_it_keeps_for_itself_survives_power_cuts(world: World, tmp_pa
 class Fragile(Store):
     """A store under which the power goes when a result is to be kept."""
 
-    def post(self, parcel: Parcel) -> None:
+    def post(self, parcel: Parcel, residual: bytes | None = None) -> None:
         raise PowerCut
 
 

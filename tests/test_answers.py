@@ -61,6 +61,38 @@ def test_log_probabilities_are_those_of_the_whole_torch_model(decoder_bundle: Pa
         np.testing.assert_allclose(row, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("k", [1, 3, 29, 1000])
+def test_the_likeliest_tokens_of_an_answer(decoder_bundle: Path, bundle: Bundle, k: int) -> None:
+    """As many as asked for, or all there are, the likeliest first; the answer's own are worth what `answer_logprobs` says."""
+    engine = open_engine(decoder_bundle, bundle, ANSWERS)
+    engine.set_adapter(adapter_of(bundle))
+    tops, expected = engine.answer_top_k(TEXTS, SAID, k), engine.answer_logprobs(TEXTS, SAID)
+
+    assert engine.end == bundle.end[0]
+    for top, answer, row in zip(tops, engine.answers(SAID), expected, strict=True):
+        assert top.ids.shape == top.logprobs.shape == (len(answer), min(k, 29))
+        assert (np.diff(top.logprobs, axis=1) <= 0).all()
+        assert all(len(set(ids)) == len(ids) for ids in top.ids.tolist())
+        for token, ids, logprobs, logprob in zip(answer, top.ids, top.logprobs, row, strict=True):
+            if token in ids:
+                assert logprobs[ids == token][0] == pytest.approx(logprob, abs=1e-5)
+            else:
+                assert logprob <= logprobs[-1] + 1e-5
+        if k >= 29:
+            np.testing.assert_allclose(np.exp(top.logprobs).sum(1), 1, rtol=1e-4)
+
+
+def test_likeliest_tokens_have_bounds(decoder_bundle: Path, encoder_bundle: Path, bundle: Bundle) -> None:
+    """None at all are not asked for, labels have none, and an encoder says none."""
+    engine = open_engine(decoder_bundle, bundle, ANSWERS)
+    with pytest.raises(SettingsError, match="at least 1"):
+        engine.answer_top_k(TEXTS, SAID, 0)
+    with pytest.raises(DataError, match="are its labels"):
+        open_engine(decoder_bundle, bundle).answer_top_k(TEXTS, SAID, 2)
+    with pytest.raises(DataError, match="needs a decoder"):
+        open_engine(encoder_bundle, bundles.read(encoder_bundle), ANSWERS).answer_top_k(TEXTS, SAID, 2)
+
+
 def test_an_adapter_changes_what_an_answer_is_worth(decoder_bundle: Path, bundle: Bundle) -> None:
     """Log-probabilities are those of the adapter that is worn, and the base's again without it."""
     engine = open_engine(decoder_bundle, bundle, ANSWERS)

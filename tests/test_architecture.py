@@ -28,11 +28,14 @@ PURE = [
         f"edge_sdk/{name}.py"
         for name in (
             *("protocol", "wire", "adapters", "tasks", "softlabels", "session", "eligibility", "verbs", "judgments"),
-            *("cohort", "masking", "alignment", "knowledge", "corpus"),
+            *("codec", "cohort", "masking", "identity", "alignment", "knowledge", "corpus"),
             *("training/batches", "training/depth"),
         )
     ),
-    *(f"server/edge_server/{name}.py" for name in ("aggregation", "coordinator", "cohorts", "unmasking", "llm/jobs")),
+    *(
+        f"server/edge_server/{name}.py"
+        for name in ("aggregation", "robust", "coordinator", "cohorts", "unmasking", "gate", "simulate", "llm/jobs")
+    ),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/knowledge").glob("*.py"))),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/systems").glob("*.py"))),
 ]
@@ -117,6 +120,20 @@ def test_torch_lives_in_one_folder() -> None:
     users = {path.relative_to(FOLDERS["edge_sdk"]).parts[0] for path in modules("edge_sdk") if roots(path) & TRAINING}
 
     assert users == {"training"}
+
+
+def test_one_file_asks_which_system_a_run_is() -> None:
+    """Beside the settings only `runs.py` knows all systems, and each answers the same questions."""
+    systems = {path.stem: path for path in (FOLDERS["edge_server"] / "systems").glob("[!_]*.py")}
+    known = {f"edge_server.systems.{name}" for name in systems}
+    functions = {
+        name: {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        for name, path in systems.items()
+    }
+
+    assert {path.name for path in modules("edge_server") if known <= set(imports(path))} == {"runs.py", "settings.py"}
+    assert [name for name, there in functions.items() if not {"start", "plan", "averaged", "finished"} <= there] == []
+    assert not {"edge_server.systems.crosslm", "edge_server.systems.fedmkt"} & set(imports(FOLDERS["edge_server"] / "ledger.py"))
 
 
 def test_tests_are_no_part_of_the_product() -> None:

@@ -74,14 +74,14 @@ def test_devices_do_what_they_do_without_an_llm(device: Device, version: int, ca
     plain, state = msgspec.structs.replace(settings.averaging, soft=None), at(version, device, buffered=waiting)
 
     assert fedcollm.plan(settings, state, device, can_train) == lpfl.plan(plain, state, device, can_train)
-    assert fedcollm.due(settings, state) == lpfl.due(plain, state)
+    assert fedcollm.averaged(settings, state) == lpfl.averaged(plain, state)
     assert fedcollm.finished(settings, state) == lpfl.finished(plain, state)
 
 
 def test_a_version_is_due_with_a_full_buffer_until_the_last() -> None:
     """The two oldest updates, no fewer, and none once all versions are made."""
-    assert [len(fedcollm.due(EVERY, at(1, buffered=count))) for count in range(4)] == [0, 0, 2, 2]
-    assert fedcollm.due(EVERY, at(4, buffered=2)) == ()
+    assert [len(fedcollm.averaged(EVERY, at(1, buffered=count))) for count in range(4)] == [0, 0, 2, 2]
+    assert fedcollm.averaged(EVERY, at(4, buffered=2)) == ()
 
 
 def test_it_is_over_once_everybody_has_measured_the_last_version() -> None:

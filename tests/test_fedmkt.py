@@ -211,7 +211,7 @@ ALONE = Train(0, "start", RUN.alone, None, 41, share=False)
 
 
 def predict(number: int) -> Predict:
-    return Predict(number, "start", "texts", 90, 4, "probabilities")
+    return Predict(number, "start", "texts", 90, 4, "probabilities", 16)
 
 
 @pytest.mark.parametrize(
@@ -401,13 +401,11 @@ def test_an_unknown_key_is_named(tmp_path: Path, section: str) -> None:
         run_settings.load(toml(tmp_path, {**FEDMKT, name: {**FEDMKT.get(name, {}), "colour": "1"}}))
 
 
-def test_a_file_without_the_table_its_texts_or_labels_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_the_table_or_its_texts_is_refused(tmp_path: Path) -> None:
     """What is missing is said by its name."""
-    answers = {"labels": "[]", "pattern": '"{text}"', "verbalizer": "[]", "answer_tokens": "8"}
     for tables, said in (
         ({"": FEDMKT[""], "task": TASK}, r"needs a table \[fedmkt\] with at least `public`"),
         ({**FEDMKT, "fedmkt": {}}, "missing required field `public`"),
-        ({**FEDMKT, "task": answers}, "and a task with labels"),
     ):
         with pytest.raises(SettingsError, match=rf"run\.toml: .*{said}"):
             run_settings.load(toml(tmp_path, tables))
@@ -456,7 +454,7 @@ class Desk:
         run = with_public(**settings)
         assert run.fedmkt is not None
         self.folder, self.settings, self.llm, self.blobs = folder, run.fedmkt, llm or Pupil(), Blobs(folder)
-        self.tutor = Tutor(run.fedmkt, run.task, PUBLIC, self.blobs, self.llm, lambda: 1000.0)
+        self.tutor = Tutor(run.fedmkt, run.task, PUBLIC, self.blobs, self.llm, lambda: 1000.0, {})
         self.state = State()
         start: list[Event] = [Published(0, "a0", 0), *(Enrolled(f"d{i}", "x") for i in range(4))]
         for event in start:

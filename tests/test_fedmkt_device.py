@@ -400,7 +400,7 @@ async def test_after_a_power_cut_a_lesson_ends_without_a_network(world: World, t
 class Torn(Store):
     """The power goes before a result reaches the outbox."""
 
-    def post(self, parcel: Parcel) -> None:
+    def post(self, parcel: Parcel, residual: bytes | None = None) -> None:
         raise PowerCut
 
 

@@ -76,7 +76,7 @@ class Home(House):
 class Ended:
     """What a finished run left behind."""
 
-    house: Home
+    house: House
     status: Status
 
     @property
@@ -99,7 +99,7 @@ class Ended:
         return (self.house.folder / name / "adapter.safetensors").read_bytes()
 
 
-def ended(house: Home, address: str) -> Ended:
+def ended(house: House, address: str) -> Ended:
     """Once all devices have gone."""
     agents = [process for process in house.running if "edge_sdk.cli" in process.args]  # type: ignore[operator]
     until(lambda: status(address).finished, PATIENCE)

@@ -18,18 +18,26 @@ pytest.importorskip("llama_cpp", reason="GGUF tests need llama-cpp-python: make 
 from edge_export import gguf as writer
 from edge_export.bundle import Recipe, make
 from edge_sdk import bundle as bundles
+from edge_sdk import exchange, knowledge, wire
 from edge_sdk.adapters import Adapter, AdapterSpec
+from edge_sdk.agent import Agent
 from edge_sdk.assets import Asset
 from edge_sdk.bundle import Bundle
+from edge_sdk.eligibility import Conditions
 from edge_sdk.engines import Sampling, gguf_adapter, open_engine
 from edge_sdk.engines.gguf import GgufEngine
 from edge_sdk.errors import DataError, MissingRuntime, SettingsError
+from edge_sdk.exchange import Voice
+from edge_sdk.protocol import PROTOCOL, Finished, Judgment, Manifest, Predict, Text
+from edge_sdk.store import Store
 from edge_sdk.tasks import Task
+from edge_sdk.testing import ServerSimulator
 from edge_sdk.training import base
 from edge_sdk.training.learner import Learner
 from tests import factories, tiny
 
 TEXTS = ["a lovely film", "the story was so very dull .", "grim", "the day was nice and it was bright"]
+SAID = ["great", "very sad story", "so good bad film", "lovely"]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -118,16 +126,45 @@ def test_text_answers_agree_with_the_other_runtime(folder: Path, bundle: Bundle)
     """Log-probabilities of each answer's tokens are near ONNX Runtime's, and both write from the prompt that is trained on."""
     task = Task((), "{text} it was", (), max_tokens=8, answer_tokens=4)
     engine, other = opened(folder, bundle, task), open_engine(folder, bundle, task, "fp32")
-    said = ["great", "very sad story", "so good bad film", "lovely"]
+    said = SAID
     for adapter in (None, adapter_of(bundle)):
         engine.set_adapter(adapter)
         other.set_adapter(adapter)
         near(np.concatenate(engine.answer_logprobs(TEXTS, said)), np.concatenate(other.answer_logprobs(TEXTS, said)))
+        for own, onnx in zip(engine.answer_top_k(TEXTS, said, 99), other.answer_top_k(TEXTS, said, 99), strict=True):
+            assert own.ids.shape == onnx.ids.shape == (len(own.ids), engine.encoder.vocabulary)
+            near(
+                np.take_along_axis(own.logprobs, own.ids.argsort(1), 1), np.take_along_axis(onnx.logprobs, onnx.ids.argsort(1), 1)
+            )
+        assert [len(top.ids) for top in engine.answer_top_k(TEXTS, said, 2)] == [len(answer) for answer in engine.answers(said)]
+    assert engine.end == other.end == next(iter(bundle.end), None)
     long = "the story was so very dull . " * 20
     prompt = engine.encoder.decode(engine.encoder.prompts([long])[0])
 
     assert engine.answers(said) == other.answers(said)
     assert engine.answer(long, Sampling(6)) == engine.generate(prompt, Sampling(6))
+
+
+async def test_an_agent_tells_what_is_likeliest_in_answers(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """Asked in FedMKT, it sends the engine's likeliest tokens, which a server can read."""
+    task = Task((), "{text} it was", (), max_tokens=8, answer_tokens=4)
+    server = ServerSimulator(Manifest(PROTOCOL, "fedmkt", task, AdapterSpec(bundle.slots, 3, 6.0), bundle))
+    for name in bundle.files:
+        server.keep((folder / name).read_bytes())
+    public = [Text(f"p{i}", text, 0, answer) for i, (text, answer) in enumerate(zip(TEXTS, SAID, strict=True))]
+    body, start = wire.pack_lines(public), wire.pack_adapter(server.manifest.adapter.start(0))
+    server.work += [Predict(0, server.keep(start), server.keep(body), len(body), 4, "probabilities", 3), Finished(1, "")]
+    store, lines = Store(tmp_path / "home"), list[str]()
+    await Agent(store, server, tmp_path / "cache", "d", variant="f16", look=Conditions, say=lines.append).run()
+    store.close()
+    engine = opened(folder, bundle, task)
+    spelled = exchange.sheet(Voice(engine.encoder, engine.end), public)
+    _, found = knowledge.unpack_judgment(server.bodies[0], lambda _: spelled, 1 << 21, 3)
+
+    assert [type(result) for result in server.results] == [Judgment]
+    for known, top in zip(found, engine.answer_top_k(TEXTS, SAID, 3), strict=True):
+        assert (known.ids == top.ids).all()
+        near(known.logprobs, top.logprobs)
 
 
 def test_label_words_of_several_tokens_agree_with_the_other_runtime(folder: Path, bundle: Bundle) -> None:

@@ -35,13 +35,13 @@ from edge_sdk.knowledge import (
     data_size,
     nats_per_byte,
     pack,
-    pack_classes,
+    plain_limit,
     select,
     size_limit,
     unpack,
-    unpack_classes,
+    unpack_judgment,
 )
-from edge_sdk.protocol import Problem
+from edge_sdk.protocol import Judgment, Problem
 from edge_sdk.training.batches import Classes
 from edge_sdk.wire import MAX_HEADER, MAX_TEXTS, encode
 from tests import strategies
@@ -78,8 +78,9 @@ def nats(ids: list[int], p: list[float], vocabulary: int = V) -> float:
 KNOWN = [known("a"), known("b", seed=1), known("ç", seed=2)]
 BODY = pack(KNOWN, SHEET)
 PLAIN = zlib.decompress(BODY)
-SAID = {"a": Classes(np.array([0.9, 0.1], np.float32)), "b": Classes(np.array([0.3, 0.7], np.float32))}
-CLASS_BODY = pack_classes(SAID)
+JUDGMENT = Judgment("phone", 3, 12, {"loss": 0.5})
+OWN_BODY = pack(KNOWN, SHEET, JUDGMENT)
+MOST = plain_limit(SHEET, 4)
 PARTS = load(PLAIN)
 CONTENTS = {"tokenizer": "digest", "vocabulary": V, "k": 4, "samples": ["a", "b", "ç"]}
 
@@ -129,12 +130,12 @@ def check_unpacked(body: bytes) -> None:
             assert np.isfinite(x.logprobs).all()
             assert nats_per_byte(x, truth, V) >= 0
     try:
-        classes = unpack_classes(body, ["a", "b"], 2)
+        judgment, known = unpack_judgment(body, lambda _: SHEET, MOST, 4)
     except WireError as error:
         check_refusal(error)
     else:
-        assert classes.keys() <= {"a", "b"}
-        assert all(c.probabilities.sum() == pytest.approx(1) and (c.probabilities >= 0).all() for c in classes.values())
+        assert isinstance(judgment, Judgment)
+        assert {x.id for x in known} <= SHEET.truths.keys()
 
 
 # Whom to believe ------------------------------------------------------------------------------------------------------
@@ -259,6 +260,28 @@ def test_knowledge_comes_back(names: list[str], count: int, k: int, seed: int, m
         assert x.logprobs.dtype == np.float32
 
 
+def test_a_judgment_says_whose_it_is() -> None:
+    """The sheet is asked for with it; knowledge without one is no judgment, and a judgment is no word of the server's."""
+    asked: list[Judgment] = []
+
+    def sheet(judgment: Judgment) -> Sheet:
+        asked.append(judgment)
+        return SHEET
+
+    judgment, found = unpack_judgment(OWN_BODY, sheet, MOST, 4)
+    assert (judgment, asked) == (JUDGMENT, [JUDGMENT])
+    assert [(x.id, x.ids.tolist()) for x in found] == [(x.id, x.ids.tolist()) for x in unpack(BODY, SHEET)]
+    with pytest.raises(WireError) as caught:
+        unpack_judgment(BODY, sheet, MOST, 4)
+    assert check_refusal(caught.value) == "bad-message"
+    assert refusal(OWN_BODY) == "bad-message"
+    boast = pack(KNOWN, SHEET, Judgment("phone", 3, -1, {}))
+    with pytest.raises(WireError) as caught:
+        unpack_judgment(boast, sheet, MOST, 4)
+    assert check_refusal(caught.value) == "bad-message"
+    assert len(asked) == 1
+
+
 def test_bytes_of_knowledge() -> None:
     """2 bytes an id and 2 a log-probability, 6 a sample; 4 bytes an id from 65,537 tokens on."""
     assert data_size(3, 6, 4, V) == sum(t.nbytes for t in PARTS.values()) == 3 * 6 + 6 * 4 * 4
@@ -336,47 +359,12 @@ def test_a_sheet_has_bounds(vocabulary: int, truths: dict[str, Truth]) -> None:
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
-def test_classes_travel_in_eight_bits() -> None:
-    """As judgments do: levels of 255, divided by their sum; zeros are no answer."""
-    assert load(zlib.decompress(CLASS_BODY))["classes"].tolist() == [[229, 26], [77, 178]]
-    found = unpack_classes(CLASS_BODY, ["b", "a", "c"], 2)
-    np.testing.assert_allclose(found["a"].probabilities, [229 / 255, 26 / 255], rtol=1e-6)
-    assert list(found) == ["a", "b"]
-    assert found["a"].probabilities.dtype == np.float32
-    assert unpack_classes(pack_classes({"a": Classes(np.zeros(2, np.float32))}), ["a"], 2) == {}
-    assert unpack_classes(pack_classes({}), ["a"], 2) == {}
-
-
 def test_what_a_class_costs() -> None:
     """-ln of its probability; what rounding left nothing still has half a level; no answer is worth nothing."""
     assert class_nats(Classes(np.array([0.25, 0.75], np.float32)), 0) == pytest.approx(math.log(4))
     assert class_nats(Classes(np.array([1.0, 0.0], np.float32)), 0) == 0
     assert class_nats(Classes(np.array([1.0, 0.0], np.float32)), 1) == pytest.approx(-math.log(LEVEL))
     assert class_nats(Classes(np.zeros(2, np.float32)), 1) == math.inf
-
-
-def test_classes_of_another_task_are_refused() -> None:
-    """Another number of classes, an unknown or repeated sample, NaN, rows of different lengths."""
-
-    def code(body: bytes, samples: list[str], n_classes: int = 2) -> str:
-        with pytest.raises(WireError) as caught:
-            unpack_classes(body, samples, n_classes)
-        return check_refusal(caught.value)
-
-    assert code(CLASS_BODY, ["a", "b"], 3) == "wrong-shape"
-    assert code(CLASS_BODY, ["a"]) == "wrong-knowledge"
-    answer = np.zeros((2, 2), np.uint8)
-    twice = json.dumps({"classes": 2, "samples": ["a", "a"]})
-    assert code(zlib.compress(save({"classes": answer}, metadata={"message": twice})), ["a"]) == "wrong-knowledge"
-    lies = json.dumps({"classes": 3, "samples": ["a", "b"]})
-    assert code(zlib.compress(save({"classes": answer}, metadata={"message": lies})), ["a", "b"]) == "wrong-shape"
-    assert code(BODY, ["a", "b"]) == "bad-message"
-    with pytest.raises(DataError, match="NaN"):
-        pack_classes({"a": Classes(np.array([np.nan, 1], np.float32))})
-    with pytest.raises(DataError, match="same classes"):
-        pack_classes({**SAID, "c": Classes(np.ones(3, np.float32))})
-    with pytest.raises(DataError, match="classes"):
-        unpack_classes(CLASS_BODY, ["a"], 1)
 
 
 # Hostile bytes --------------------------------------------------------------------------------------------------------
@@ -484,7 +472,7 @@ def test_random_bytes_never_surprise(body: bytes, compressed: bool) -> None:
 
 
 @strategies.fuzzing
-@given(st.sampled_from([BODY, CLASS_BODY]), st.booleans(), st.data())
+@given(st.sampled_from([BODY, OWN_BODY]), st.booleans(), st.data())
 def test_mutated_bytes_never_surprise(body: bytes, compressed: bool, data: st.DataObject) -> None:
     """Bytes changed, cut out and put in, before or after compression."""
     changed = bytearray(body if compressed else zlib.decompress(body))

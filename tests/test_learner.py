@@ -220,6 +220,29 @@ def test_losses_of_a_teachers_tokens_are_those_of_the_whole_models_logits(pair: 
         same_gradient(gradient(learner, None, [(row, 1.0) for row in rows]), expected)
 
 
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_answer_and_teacher_share_a_loss_by_weight(pair: Pair, weight: float) -> None:
+    """Of its own tokens and a teacher's, what both cost alone; the gradient alike."""
+    decoder(pair)
+    rng = np.random.default_rng(4)
+    plain = answered(pair)
+    starts = [next(iter(vars(row.target).values())) for row in plain]
+    tops = []
+    for row, start in zip(plain, starts, strict=True):
+        count = len(row.ids) - start
+        ids = np.stack([rng.choice(25, 3, replace=False) for _ in range(count)]).astype(np.int64)
+        logprobs = np.log(rng.dirichlet(np.ones(4), count)[:, :3]).astype(np.float32)
+        tops.append(TopTokens(start, ids, logprobs))
+    learner = pair.split(1, ANSWERS)
+    told = [Row(row.ids, top) for row, top in zip(plain, tops, strict=True)]
+    both = [Row(row.ids, TopTokens(t.start, t.ids, t.logprobs, weight)) for row, t in zip(plain, tops, strict=True)]
+    expected = weight * learner.losses(plain).detach() + (1 - weight) * learner.losses(told).detach()
+
+    near(learner.losses(both).detach(), expected)
+    parts = [*((row, weight) for row in plain), *((row, 1 - weight) for row in told)]
+    same_gradient(gradient(learner, None, [(row, 1.0) for row in both]), gradient(learner, None, parts))
+
+
 # Before the softmax ---------------------------------------------------------------------------------------------------
 def test_class_scores_are_the_whole_models_with_their_gradient(pair: Pair) -> None:
     """Of prompts of different lengths in one batch, and in the order asked for; what is learned through them is the same too."""

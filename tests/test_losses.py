@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edge_sdk.training import losses
+from edge_sdk.training.batches import Answer, TopTokens
 from tests import strategies  # noqa: F401  # its hypothesis profile
 
 LN3 = math.log(3)
@@ -175,3 +177,36 @@ def test_gradients_agree_with_finite_differences(temperature: float) -> None:
 
     assert torch.autograd.gradcheck(lambda s: losses.soft(s, teacher, temperature), (student,))
     assert torch.autograd.gradcheck(lambda s: losses.hard(s, torch.tensor([2, 0])), (student,))
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+LN2 = math.log(2)
+STATES = torch.tensor([[9.0, 9.0, 9.0], [LN2, 0.0, 0.0], [0.0, 0.0, LN2], [7.0, 7.0, 7.0]])  # of four tokens
+WORDS = torch.eye(3)  # so that states are scores
+SEQUENCE = [2, 1, 0, 1]  # the answer is its last two tokens: said at positions 1 and 2
+TOLD = np.array([[0, 1], [2, 2]]), np.log(np.array([[0.25, 0.25], [0.5, 0.5]], np.float32))
+
+
+def test_an_answers_loss_is_that_of_its_own_tokens() -> None:
+    """(1/2, 1/4, 1/4) says token 0, (1/4, 1/4, 1/2) token 1: ln 2 and ln 4; what comes before and after does not count."""
+    torch.testing.assert_close(losses.answer(STATES, WORDS, SEQUENCE, Answer(2)), torch.tensor([LN2, 2 * LN2]))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_a_told_answers_loss_is_shared_by_weight(weight: float) -> None:
+    """The teacher has (1/2, 1/2) over two tokens where the student has (2/3, 1/3): ln(9/8)/2; the second row is masked."""
+    found = losses.answer(STATES, WORDS, SEQUENCE, TopTokens(2, *TOLD, weight))
+    apart = torch.tensor([math.log(9 / 8) / 2, 0.0])
+
+    torch.testing.assert_close(found, weight * torch.tensor([LN2, 2 * LN2]) + (1 - weight) * apart)
+
+
+def test_a_masked_position_has_no_gradient_but_its_answers() -> None:
+    """A row of one token teaches nothing by itself; with a weight the answer's own token is learned there."""
+    for weight, moves in ((0.0, False), (0.5, True)):
+        states = STATES.clone().requires_grad_()
+        found = gradient(losses.answer(states, WORDS, SEQUENCE, TopTokens(2, *TOLD, weight)), states)
+
+        assert bool(found[2].abs().max() > 0) is moves
+        assert found[1].abs().max() > 0
+        assert found[[0, 3]].abs().max() == 0

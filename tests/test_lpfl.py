@@ -15,7 +15,9 @@ from edge_sdk.errors import SettingsError
 from edge_sdk.protocol import Evaluate, Finished, Train, Wait
 from edge_sdk.training.batches import Training
 from edge_server.aggregation import Contribution
+from edge_server.cohorts import Secure
 from edge_server.coordinator import Buffered, Device, State
+from edge_server.robust import Krum, Median, NormBounded, TrimmedMean
 from edge_server.systems import lpfl
 from edge_server.systems.lpfl import LpFl
 from tests import factories, strategies
@@ -104,13 +106,13 @@ def test_a_run_is_finished_when_everybody_measured_the_last_version() -> None:
 
 def test_a_version_is_due_when_the_buffer_is_full() -> None:
     """One update of two makes nothing; of three, the two oldest are taken."""
-    assert lpfl.due(EVERY, at(3, buffered=1)) == ()
-    assert [b.blob for b in lpfl.due(EVERY, at(3, buffered=3))] == ["b0", "b1"]
+    assert lpfl.averaged(EVERY, at(3, buffered=1)) == ()
+    assert [b.blob for b in lpfl.averaged(EVERY, at(3, buffered=3))] == ["b0", "b1"]
 
 
 def test_late_updates_make_no_version_after_the_last() -> None:
     """A run of 4 versions ends at version 4: devices that were told so have left with it."""
-    assert lpfl.due(EVERY, at(4, buffered=9)) == ()
+    assert lpfl.averaged(EVERY, at(4, buffered=9)) == ()
 
 
 def test_version_0_changes_nothing() -> None:
@@ -141,6 +143,7 @@ def test_a_step_uses_the_runs_settings() -> None:
         ("max_staleness", -1),
         ("evaluate_every", -1),
         *((name, value) for name in ("wait_seconds", "server_lr") for value in (0.0, -1.0, math.nan, math.inf)),
+        *(("clip_norm", value) for value in (0.99, -1.0, math.nan, math.inf)),
     ],
 )
 def test_settings_out_of_bounds_are_refused(name: str, value: Any) -> None:
@@ -150,8 +153,40 @@ def test_settings_out_of_bounds_are_refused(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("together", "words"),
+    [
+        ({"secure": Secure(), "rule": Median()}, "hides single updates, and lpfl.rule looks at each"),
+        ({"secure": Secure(), "rule": Krum(), "buffer_size": 5}, "hides single updates"),
+        ({"secure": Secure(), "rule": NormBounded()}, "hides single updates"),
+        ({"secure": Secure(), "upload": "int8"}, "has an encoding of its own"),
+        ({"average": "products", "rule": Median()}, "take factors, or krum"),
+        ({"average": "products", "rule": TrimmedMean()}, "take factors, or krum"),
+        ({"average": "products", "upload": "int8"}, "take factors, or fp16"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(together: dict[str, Any], words: str) -> None:
+    """With what to do instead; each alone is fine."""
+    with pytest.raises(SettingsError, match=words):
+        LpFl(**together)
+    for name in together.keys() - {"buffer_size"}:
+        LpFl(**{key: value for key, value in together.items() if key in (name, "buffer_size")})
+
+
+@pytest.mark.parametrize("upload", ["fp32", "fp16", "int8"])
+def test_devices_are_told_how_to_send(upload: Any) -> None:
+    """The setting is in the work."""
+    work = lpfl.plan(LpFl(upload=upload, evaluate_every=0), at(1), Device("x"), can_train=True)
+
+    assert isinstance(work, Train)
+    assert work.upload == upload
+
+
+@pytest.mark.parametrize(
     "smallest",
-    [{"versions": 1}, {"buffer_size": 1}, {"max_staleness": 0}, {"evaluate_every": 0}, {"max_examples": 1}, {"soft": None}],
+    [
+        *({"versions": 1}, {"buffer_size": 1}, {"max_staleness": 0}, {"evaluate_every": 0}, {"max_examples": 1}),
+        *({"clip_norm": 0.0}, {"clip_norm": 1.0}, {"soft": None}),
+    ],
 )
 def test_the_smallest_settings_are_allowed(smallest: dict[str, Any]) -> None:
     """A bound itself is inside."""

@@ -426,11 +426,11 @@ class Dying(Store):
     deaths: int = 0
     parcels: tuple[Parcel, ...] = ()
 
-    def post(self, parcel: Parcel) -> None:
+    def post(self, parcel: Parcel, residual: bytes | None = None) -> None:
         self.parcels += (parcel,)
         if len(self.parcels) == self.deaths:
             raise PowerCut
-        super().post(parcel)
+        super().post(parcel, residual)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5], ids=["trained", "join", "share", "mask", "unmask"])

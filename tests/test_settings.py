@@ -112,6 +112,9 @@ def test_an_unknown_section_is_named(tmp_path: Path) -> None:
         ("lpfl", "average", '"median"'),
         ("lpfl", "average", "1"),
         ("lpfl", "versions", '"many"'),
+        ("lpfl", "upload", '"int4"'),
+        ("lpfl", "rule", '"median"'),
+        ("lpfl", "rule", '{name = "mode"}'),
         ("lpfl", "buffer_size", "true"),
         ("lpfl", "wait_seconds", "1979-05-27"),
         ("lpfl.training", "steps", "[1]"),
@@ -143,6 +146,10 @@ def test_a_wrong_type_is_named(tmp_path: Path, section: str, key: str, value: st
         ("adapter", "min_rank", "9"),
         ("lpfl", "versions", "0"),
         ("lpfl", "server_lr", "0"),
+        ("lpfl", "clip_norm", "0.5"),
+        ("lpfl", "clip_norm", "-3"),
+        ("lpfl", "clip_norm", "inf"),
+        ("lpfl", "rule", '{name = "krum", byzantine = 0}'),
         ("lpfl", "wait_seconds", "inf"),
         ("lpfl.training", "steps", "0"),
         ("lpfl.training", "learning_rate", "1.5"),
@@ -257,6 +264,25 @@ def test_a_smaller_rank_needs_what_can_average_it(tmp_path: Path, rest: dict[str
 
     good = {**bad, **rest, "adapter": bad["adapter"] | rest.get("adapter", {})}
     assert run_settings.load(toml(tmp_path, good)).adapter.min_rank == 2
+
+
+RULES = ['"median"', '"trimmed_mean", byzantine = 1', '"krum", byzantine = 1, keep = 2']
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("choice", [{"min_rank": "2"}, {"min_layers": "1"}])
+def test_a_rule_that_compares_needs_updates_of_one_shape(tmp_path: Path, rule: str, choice: dict[str, str]) -> None:
+    """Where devices may train less, what one number says has no counterpart in the others' updates; sizes can be compared."""
+    bad: dict[str, Lines] = {
+        "task": TASK,
+        "adapter": {"freeze_a": "true", **choice},
+        "lpfl": {"buffer_size": "5", "rule": f"{{name = {rule}}}"},
+    }
+    with pytest.raises(SettingsError, match=r"lpfl\.rule compares updates of one shape"):
+        run_settings.load(toml(tmp_path, bad))
+
+    good: tuple[dict[str, Lines], ...] = ({"adapter": {}}, {"lpfl": {"rule": '{name = "norm_bounded"}'}})
+    assert all(run_settings.load(toml(tmp_path, {**bad, **rest})).lpfl.rule for rest in good)
 
 
 def test_fewer_layers_need_no_other_average() -> None:

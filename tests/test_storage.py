@@ -1,12 +1,8 @@
-"""What is on disk after a call returned is still there after any crash, and nothing else is."""
+"""A blob that was kept is there after any crash, whole, under its own name; nothing else can be named."""
 
 from __future__ import annotations
 
 import hashlib
-import random
-import sqlite3
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,101 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import DataError
-from edge_server.storage import Blobs, EventLog
+from edge_server.storage import Blobs
 from tests import strategies  # noqa: F401  # its hypothesis profile
 
 BODY = b"a LoRA update"
 SHA256 = hashlib.sha256(BODY).hexdigest()
-
-# Goes on where the log stands, and prints every number after `append` has returned.
-APPEND_FOR_EVER = """
-import sys
-from pathlib import Path
-from edge_server.storage import EventLog
-
-log = EventLog(Path(sys.argv[1]))
-number = sum(1 for _ in log.read())
-while True:
-    log.append(str(number).encode())
-    print(number, flush=True)
-    number += 1
-"""
-
-
-def read(path: Path) -> list[bytes]:
-    log = EventLog(path)
-    try:
-        return list(log.read())
-    finally:
-        log.close()
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# Events ---------------------------------------------------------------------------------------------------------------
-def test_events_come_back_in_order(tmp_path: Path) -> None:
-    """Bodies are bytes, not text, and a reopened log goes on at its end."""
-    bodies = [b"first", b"", b"\x00\xff{", b"first"]
-    for body in bodies:
-        log = EventLog(tmp_path / "deep" / "events.sqlite")
-        log.append(body)
-        log.close()
-
-    assert read(tmp_path / "deep" / "events.sqlite") == bodies
-
-
-def test_an_event_is_readable_from_outside_once_append_returned(tmp_path: Path) -> None:
-    """Nothing is held back in the writing process."""
-    log = EventLog(tmp_path / "events.sqlite")
-    log.append(b"event")
-
-    assert read(tmp_path / "events.sqlite") == [b"event"]
-    log.close()
-
-
-def test_an_append_waits_for_the_disk(tmp_path: Path) -> None:
-    """The log runs in WAL mode, the one it is fsynced in at every commit with synchronous=FULL."""
-    log = EventLog(tmp_path / "events.sqlite")
-    with log._engine.connect() as connection:
-        settings = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")]
-
-    assert settings == ["wal", 2]  # 2 is FULL
-    log.close()
-
-
-def test_a_file_that_is_no_log_is_named(tmp_path: Path) -> None:
-    """A damaged file is an error that says what to do, and is not overwritten."""
-    (tmp_path / "events.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(DataError, match=r"events\.sqlite cannot be used .*move it away"):
-        EventLog(tmp_path / "events.sqlite")
-    assert (tmp_path / "events.sqlite").read_bytes() == b"not a database" * 100
-
-
-@pytest.mark.slow
-def test_appended_events_survive_sigkill(tmp_path: Path) -> None:
-    """Killed at any moment, the log holds every event whose append returned, in order, and at most one more."""
-    path = tmp_path / "events.sqlite"
-    moment = random.Random(7)
-    printed = -1
-    for _ in range(5):
-        command = [sys.executable, "-c", APPEND_FOR_EVER, str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for _ in range(moment.randint(1, 60)):
-                printed = int(process.stdout.readline())
-            process.kill()
-            for line in process.stdout:
-                printed = int(line) if line.endswith("\n") else printed
-
-        log = read(path)
-        assert log == [str(number).encode() for number in range(len(log))]
-        assert printed + 1 <= len(log) <= printed + 2
-    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-# Blobs ----------------------------------------------------------------------------------------------------------------
 @given(st.binary(max_size=2000))
 def test_a_blob_comes_back(body: bytes) -> None:
     """A blob is named by its sha256 and is there for a later process; nothing else stays in the folder."""

@@ -366,6 +366,19 @@ def test_the_outbox_holds_one(store: Store) -> None:
     assert store.pending() is None
 
 
+def test_what_a_result_lost_is_kept_until_there_is_another(opened: Callable[[], Store]) -> None:
+    """Results of which nothing is lost, and deliveries, leave it; the next one that loses something replaces it."""
+    store = opened()
+    assert store.residual() is None
+    for residual, kept in ((b"a", b"a"), (None, b"a"), (b"", b""), (b"c", b"c")):
+        store.post(Parcel("t", b"body"), residual)
+        store.delivered()
+        assert store.residual() == kept
+    assert opened().residual() == b"c"
+    store.drop_residual()
+    assert opened().residual() is None
+
+
 def test_a_posted_result_ends_its_work(opened: Callable[[], Store]) -> None:
     """The result and the end of the work it came of are one transaction; other facts stay, and delivery changes none."""
     store = opened()
@@ -408,13 +421,14 @@ from edge_sdk.store import Parcel, Store
 
 store = Store(Path(sys.argv[1]))
 for number in itertools.count(int(sys.argv[2])):
-    store.post(Parcel("number", str(number).encode() * 5000))
+    body = str(number).encode() * 5000
+    store.post(Parcel("number", body), b"lost of " + body)
     print(number, flush=True)
 """
 
 
 def test_sigkill_loses_no_posted_parcel(tmp_path: Path) -> None:
-    """Killed at any moment, the outbox holds the parcel whose `post` returned last or the one after, whole."""
+    """Killed at any moment, the outbox holds the parcel whose `post` returned last or the one after, whole, and what it lost."""
     last = -1
     for seed in range(4):
         command = [sys.executable, "-c", POSTING, str(tmp_path), str(last + 1)]
@@ -425,9 +439,11 @@ def test_sigkill_loses_no_posted_parcel(tmp_path: Path) -> None:
             process.kill()
             last = max([last, *(int(line) for line in process.stdout if line.endswith("\n"))])
         store = Store(tmp_path)
-        found = store.pending()
+        found, residual = store.pending(), store.residual()
         store.close()
 
+        assert found is not None
+        assert residual == b"lost of " + found.body
         assert found in [Parcel("number", str(number).encode() * 5000) for number in (last, last + 1)]
         last = int(found.body[: len(found.body) // 5000])
     with sqlite3.connect(tmp_path / "device.sqlite") as database:

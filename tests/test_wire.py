@@ -22,8 +22,9 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from edge_sdk import wire
+from edge_sdk import codec, wire
 from edge_sdk.adapters import Array, Arrays
+from edge_sdk.codec import Encoding
 from edge_sdk.cohort import (
     MAX_MEMBERS,
     SEALED,
@@ -127,7 +128,7 @@ def check_unpacked(body: bytes) -> Unpacked | None:
     """`unpack` under the invariant: a value that keeps every promise, or None where it raised a WireError that does."""
     found = attempt(lambda: wire.unpack(body, lambda _: SHAPES))
     if isinstance(found, WireError):
-        check_refusal(found, {"bad-tensors", "wrong-shape", "not-finite", "bad-message"})
+        check_refusal(found, {"bad-tensors", "wrong-shape", "bad-codes", "not-finite", "bad-message"})
         return None
     update, arrays = found
     assert {name: array.shape for name, array in arrays.items()} == SHAPES
@@ -221,6 +222,7 @@ def test_an_evaluation_comes_back(evaluation: Evaluation) -> None:
         Train(0, "ab" * 32, Training(), None, 1),
         Train(0, "ab" * 32, Training(), None, 1, synthetic=Mix(7, 0.5, 4, 0.25), share=False),
         Train(0, "ab" * 32, Training(), None, 1, share=False, masked=True),
+        Train(0, "ab" * 32, Training(), None, 1, upload="int8"),
         Join(2, TERMS),
         SealShares(2, Roster(TERMS, (KEYS,))),
         Mask(2, Delivery("c-1", "d1", {"d2": b"s" * SEALED})),
@@ -269,6 +271,103 @@ def test_an_update_id_is_a_hash_of_sender_version_and_bytes() -> None:
     assert wire.update_id("device", 3, "ab" * 32) == expected
     assert len({expected, wire.update_id("other", 3, "ab" * 32), wire.update_id("device", 4, "ab" * 32)}) == 3
     assert wire.update_id("device", 3, "cd" * 32) != expected
+
+
+# Encodings ------------------------------------------------------------------------------------------------------------
+CODED: dict[Encoding, Update] = {
+    "int8": msgspec.structs.replace(UPDATE, encoding="int8"),
+    "fp16": msgspec.structs.replace(UPDATE, encoding="fp16"),
+}
+
+
+def coded(encoding: Encoding, **changes: NDArray[Any] | None) -> bytes:
+    """An update in this encoding, of which some tensors are others, or more, or None for not there."""
+    tensors = {**codec.encode(DELTA, encoding), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return bytes(save(kept, metadata={"message": wire.encode(CODED[encoding]).decode()}))
+
+
+@pytest.mark.parametrize("encoding", CODED)
+def test_a_coded_update_comes_back_rounded(encoding: Encoding) -> None:
+    """What is read is what `codec` says the other side reads; the same input gives the same bytes."""
+    body = wire.pack(CODED[encoding], DELTA)
+    update, arrays = wire.unpack(body, lambda _: SHAPES)
+
+    assert update == CODED[encoding]
+    assert strategies.same(arrays, codec.decode(codec.encode(DELTA, encoding), encoding, SHAPES))
+    assert body == coded(encoding) == wire.pack(update, {name: np.asfortranarray(DELTA[name]) for name in reversed(SHAPES)})
+
+
+def with_last(array: NDArray[Any], value: float) -> NDArray[Any]:
+    """The array, with another last number."""
+    array = array.copy()
+    array[-1] = value
+    return array
+
+
+CODES, SCALES = codec.encode(DELTA, "int8")["values"], codec.encode(DELTA, "int8")["scales"]
+HALVES = codec.encode(DELTA, "fp16")["values"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "changes", "code"),
+    [
+        ("int8", {"values": CODES[:-1]}, "wrong-shape"),
+        ("int8", {"values": np.append(CODES, CODES[:1])}, "wrong-shape"),
+        ("int8", {"values": CODES[None]}, "wrong-shape"),
+        ("int8", {"values": CODES.astype(np.float32)}, "wrong-shape"),
+        ("int8", {"values": CODES.astype(np.uint8)}, "wrong-shape"),
+        ("int8", {"values": None}, "wrong-shape"),
+        ("int8", {"scales": SCALES[:-1]}, "wrong-shape"),
+        ("int8", {"scales": np.append(SCALES, SCALES[:1])}, "wrong-shape"),
+        ("int8", {"scales": SCALES.astype(np.float16)}, "wrong-shape"),
+        ("int8", {"scales": np.zeros(0, np.float32)}, "wrong-shape"),
+        ("int8", {"scales": None}, "wrong-shape"),
+        ("int8", {"more": np.zeros(1, np.int8)}, "wrong-shape"),
+        ("int8", dict(DELTA), "wrong-shape"),
+        ("int8", {"scales": with_last(SCALES, math.nan)}, "not-finite"),
+        ("int8", {"scales": with_last(SCALES, math.inf)}, "not-finite"),
+        ("int8", {"scales": np.full_like(SCALES, 3e38)}, "not-finite"),
+        ("int8", {"scales": with_last(SCALES, -1e-9)}, "bad-codes"),
+        ("int8", {"scales": with_last(SCALES, -math.inf)}, "bad-codes"),
+        ("int8", {"values": with_last(CODES, -128)}, "bad-codes"),
+        ("fp16", {"values": with_last(HALVES, math.nan)}, "not-finite"),
+        ("fp16", {"values": with_last(HALVES, -math.inf)}, "not-finite"),
+        ("fp16", {"values": HALVES[:-1]}, "wrong-shape"),
+        ("fp16", {"values": HALVES.view(np.int8)}, "wrong-shape"),
+        ("fp16", {"values": HALVES.astype(np.float32)}, "wrong-shape"),
+        ("fp16", {"scales": SCALES}, "wrong-shape"),
+    ],
+)
+def test_what_no_encoder_makes_is_refused(encoding: Encoding, changes: dict[str, Any], code: str) -> None:
+    """Too few or too many codes or scales, other types, other tensors, scales that are no sizes."""
+    assert refusal(coded(encoding, **changes)) == code
+
+
+@pytest.mark.parametrize("said", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("sent", ["fp32", "fp16", "int8"])
+def test_the_message_says_the_encoding(sent: Encoding, said: Encoding) -> None:
+    """Tensors of another encoding than the message names are refused, so no byte is read as what it is not."""
+    message = wire.encode(msgspec.structs.replace(UPDATE, encoding=said)).decode()
+    body = bytes(save(codec.encode(DELTA, sent), metadata={"message": message}))
+
+    assert (check_unpacked(body) is not None) == (sent == said)
+    assert sent == said or refusal(body) == "wrong-shape"
+
+
+@pytest.mark.parametrize("encoding", ["int4", "FP16", "", None, 8])
+def test_an_unknown_encoding_is_refused(encoding: object) -> None:
+    """There are three."""
+    message = json.dumps(json.loads(MESSAGE) | {"encoding": encoding})
+
+    assert refusal(bytes(save(codec.encode(DELTA, "int8"), metadata={"message": message}))) == "bad-message"
+
+
+@strategies.fuzzing
+@given(st.data(), st.sampled_from(sorted(CODED)))
+def test_damaged_coded_updates_are_refused_or_valid(data: st.DataObject, encoding: Encoding) -> None:
+    """The invariant holds for coded updates with bytes changed, lost or added."""
+    check_unpacked(data.draw(strategies.damaged(wire.pack(CODED[encoding], DELTA))))
 
 
 # Fuzzing --------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests import factories
 
@@ -38,6 +39,24 @@ def write(folder: Path, model_type: str, **changes: Any) -> Path:
                 else:
                     weight.mul_(6)  # the usual start is so small that nothing depends on anything
     model.save_pretrained(folder)
+    return folder
+
+
+def write_spelling(folder: Path, size: int) -> Path:
+    """A random llama with a tokenizer of its own: byte-level BPE of `size` tokens, of which `<end>`, 2, ends a text.
+
+    Up to 44 tokens it knows parts of the words of `factories` only, from some 120 on all of them.
+    """
+    words = [*factories.OTHER, *factories.GOOD, *factories.BAD]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<unk>", "<end>"]
+    tokenizer.train_from_iterator([f" {w}" for w in words] * 9, trainers.BpeTrainer(vocab_size=size, special_tokens=special))
+    write(folder, "llama", vocab_size=tokenizer.get_vocab_size())
+    hf: Any = transformers
+    names = dict(zip(("pad_token", "unk_token", "eos_token"), special, strict=True))
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder
 
 

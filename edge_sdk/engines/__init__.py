@@ -17,7 +17,7 @@ from edge_sdk import bundle as bundles
 from edge_sdk.adapters import Adapter
 from edge_sdk.bundle import Bundle, Variant
 from edge_sdk.errors import MissingRuntime, SettingsError
-from edge_sdk.tasks import Head, Task, softmax
+from edge_sdk.tasks import Head, Task, log_softmax, softmax
 from edge_sdk.tokens import Ids, PromptEncoder
 
 
@@ -27,6 +27,13 @@ class TopK:
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, scores: NDArray[np.float32], k: int) -> TopK:
+        """Of the scores (n, vocabulary) of all tokens, before the softmax; the lowest id first among equals."""
+        logprobs = log_softmax(scores)
+        ids = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+        return cls(ids, np.take_along_axis(logprobs, ids, axis=1))
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,15 @@ class Scorer(Protocol):
 
     def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:
         """Log-probability of each token of each text's answer, in nats: (tokens of the answer,) for each."""
+        ...
+
+    @property
+    def end(self) -> int | None:
+        """The token that closes an answer, where the model has one."""
+        ...
+
+    def answer_top_k(self, texts: Sequence[str], answers: Sequence[str], k: int) -> list[TopK]:
+        """The k likeliest tokens at each position of each text's answer, ids and log-probabilities (tokens, k) for each."""
         ...
 
 

@@ -162,9 +162,8 @@ class GgufEngine:
         found = np.zeros((len(sequences), k), np.int64)
         logprobs = np.zeros((len(sequences), k), np.float32)
         for batch, _, indices in self._batches(sequences):
-            rows = log_softmax(np.stack([self._runtime.scores(i) for i in indices]))
-            found[batch] = np.argsort(-rows, axis=1, kind="stable")[:, :k]
-            logprobs[batch] = np.take_along_axis(rows, found[batch], axis=1)
+            top = TopK.of(np.stack([self._runtime.scores(i) for i in indices]), k)
+            found[batch], logprobs[batch] = top.ids, top.logprobs
         return TopK(found, logprobs)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -213,24 +212,42 @@ class GgufEngine:
 
     def answers(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of answers, with the model's end token. Raises: DataError: the task's answers are its labels."""
-        return self.encoder.answers(texts, next(iter(self._bundle.end), None))
+        return self.encoder.answers(texts, self.end)
+
+    @property
+    def end(self) -> int | None:
+        """The token that closes an answer, where the model has one."""
+        return next(iter(self._bundle.end), None)
 
     @_alone
     def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:
         """Log-probability of each token of each text's answer, in nats: (tokens of the answer,) for each."""
+        return [
+            log_softmax(self._follow(prompt, answer))[np.arange(len(answer)), answer]
+            for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True)
+        ]
+
+    @_alone
+    def answer_top_k(self, texts: Sequence[str], answers: Sequence[str], k: int) -> list[TopK]:
+        """The k likeliest tokens at each position of each text's answer, ids and log-probabilities (tokens, k) for each."""
+        k = wanted(k, self.encoder.vocabulary)
+        return [
+            TopK.of(self._follow(prompt, answer)[:, : self.encoder.vocabulary], k)
+            for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True)
+        ]
+
+    def _follow(self, prompt: Ids, answer: Ids) -> NDArray[np.float32]:
+        """The scores of all tokens before each token of an answer, (tokens, vocabulary)."""
+        self._fit(self._start + len(prompt) + len(answer))
         found = []
-        for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True):
-            self._fit(self._start + len(prompt) + len(answer))
-            logprobs = np.zeros(len(answer), np.float32)
-            try:
-                for at, token in enumerate(answer):
-                    part = (1, len(prompt) + at - 1, [answer[at - 1]]) if at else (1, 0, prompt)
-                    (index,) = self._runtime.decode([part])
-                    logprobs[at] = log_softmax(self._runtime.scores(index)[None])[0, token]
-            finally:
-                self._runtime.forget(1)
-            found.append(logprobs)
-        return found
+        try:
+            for at in range(len(answer)):
+                part = (1, len(prompt) + at - 1, [answer[at - 1]]) if at else (1, 0, prompt)
+                (index,) = self._runtime.decode([part])
+                found.append(self._runtime.scores(index).copy())
+        finally:
+            self._runtime.forget(1)
+        return np.stack(found)
 
     def hidden(self, sequences: Sequence[Ids], layer: int) -> list[NDArray[np.float32]]:
         """Raises: DataError: always; llama.cpp keeps hidden states to itself."""

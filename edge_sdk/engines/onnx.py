@@ -7,6 +7,7 @@ the task have in common in front of the text is read once for each adapter, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,7 @@ class OnnxEngine:
         k = wanted(k, self._columns["logits"])
         found = TopK(np.zeros((len(texts), k), np.int64), np.zeros((len(texts), k), np.float32))
         for batch, rows in self._batches(sequences, "logits"):
-            logprobs = log_softmax(rows)
-            found.ids[batch] = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
-            found.logprobs[batch] = np.take_along_axis(logprobs, found.ids[batch], axis=1)
+            found.ids[batch], found.logprobs[batch] = astuple(TopK.of(rows, k))
         return found
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -138,22 +137,38 @@ class OnnxEngine:
 
     def answers(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of answers, with the model's end token. Raises: DataError: the task's answers are its labels."""
-        return self.encoder.answers(texts, next(iter(self._bundle.end), None))
+        return self.encoder.answers(texts, self.end)
+
+    @property
+    def end(self) -> int | None:
+        """The token that closes an answer, where the model has one."""
+        return next(iter(self._bundle.end), None)
 
     def answer_logprobs(self, texts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float32]]:
         """Log-probability of each token of each text's answer, in nats: (tokens of the answer,) for each."""
         self._needs_decoder("answer_logprobs")
-        found = []
-        cache: Feeds
-        for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True):
-            logprobs = np.zeros(len(answer), np.float32)
-            ids, cache = prompt, {}
-            for at, token in enumerate(answer):
-                logits, cache = self._step(ids, cache)
-                logprobs[at] = log_softmax(logits)[0, token]
-                ids = [token]
-            found.append(logprobs)
-        return found
+        return [
+            log_softmax(self._follow(prompt, answer))[np.arange(len(answer)), answer]
+            for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True)
+        ]
+
+    def answer_top_k(self, texts: Sequence[str], answers: Sequence[str], k: int) -> list[TopK]:
+        """The k likeliest tokens at each position of each text's answer, ids and log-probabilities (tokens, k) for each."""
+        self._needs_decoder("answer_top_k")
+        k = wanted(k, self.encoder.vocabulary)
+        return [
+            TopK.of(self._follow(prompt, answer)[:, : self.encoder.vocabulary], k)
+            for prompt, answer in zip(self.encoder.prompts(texts), self.answers(answers), strict=True)
+        ]
+
+    def _follow(self, prompt: Ids, answer: Ids) -> NDArray[np.float32]:
+        """The scores of all tokens before each token of an answer, (tokens, vocabulary)."""
+        ids, cache, found = prompt, Feeds(), []
+        for token in answer:
+            scores, cache = self._step(ids, cache)
+            found.append(scores)
+            ids = [token]
+        return np.concatenate(found)
 
     def readout(self, sequences: Sequence[Ids]) -> NDArray[np.float32]:
         """What the model makes of token ids as they stand, before any class, (n, width)."""

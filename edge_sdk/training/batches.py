@@ -77,11 +77,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class TopTokens:
-    """A teacher's likeliest tokens at the positions from `start` on: ids (m, k), log-probabilities (m, k); `losses.top_k`."""
+    """A teacher's likeliest tokens at the positions from `start` on: ids (m, k), log-probabilities (m, k); `losses.top_k`.
+
+    `label_weight` of the loss is that of the sequence's own tokens, as in `Answer`.
+    """
 
     start: int
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float32]
+    label_weight: float = 0.0
 
 
 Target = Label | Guess | Classes | Answer | TopTokens

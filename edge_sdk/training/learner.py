@@ -218,17 +218,8 @@ class Learner:
                 found[i] = value
         for i, row in enumerate(rows):
             if isinstance(row.target, Answer | TopTokens):
-                found[i] = self._over_tokens(hidden[i], row, row.target).mean()
+                found[i] = losses.answer(hidden[i], self._words(), row.ids, row.target).mean()
         return torch.stack(found)
-
-    def _over_tokens(self, hidden: Tensor, row: Row, target: Answer | TopTokens) -> Tensor:
-        """Losses of one sequence's answer; position t - 1 says token t."""
-        vocabulary = self._words()
-        if isinstance(target, TopTokens):
-            said = hidden[target.start - 1 : target.start - 1 + len(target.ids)]
-            return losses.top_k(said, vocabulary, torch.from_numpy(target.ids), torch.from_numpy(target.logprobs))
-        wanted = torch.tensor(row.ids[target.start :])
-        return losses.tokens(hidden[target.start - 1 : len(row.ids) - 1], vocabulary, wanted)
 
     def class_scores(self, sequences: Sequence[Ids]) -> Tensor:
         """Class scores (n, n_classes) of prompts; differentiable. Raises: DataError: the task has no classes."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from edge_sdk.tokens import Ids
+from edge_sdk.training.batches import Answer, TopTokens
 
 
 def hard(scores: Tensor, labels: Tensor) -> Tensor:
@@ -72,3 +76,22 @@ def top_k(hidden: Tensor, vocabulary: Tensor, ids: Tensor, logprobs: Tensor, tem
     """
     scores = (vocabulary[ids] @ hidden[:, :, None]).squeeze(2)
     return distil(scores, logprobs, temperature)
+
+
+def answer(hidden: Tensor, vocabulary: Tensor, ids: Ids, target: Answer | TopTokens) -> Tensor:
+    """The loss at each position of a sequence's answer, (m,); position t - 1 says token t.
+
+    Of `TopTokens` label_weight * `tokens` + (1 - label_weight) * `top_k`: FedMKT's loss (Fan et al. 2024, equations 7 and 8).
+
+    Args:
+        hidden: final hidden states of the whole sequence, (tokens, width). vocabulary: output embeddings, (V, width).
+        ids: of the sequence.
+    """
+    if isinstance(target, Answer):
+        return tokens(hidden[target.start - 1 : len(ids) - 1], vocabulary, torch.tensor(ids[target.start :]))
+    end, weight = target.start + len(target.ids), target.label_weight
+    states = hidden[target.start - 1 : end - 1]
+    told = top_k(states, vocabulary, torch.from_numpy(target.ids), torch.from_numpy(target.logprobs))
+    if not weight:
+        return told
+    return weight * tokens(states, vocabulary, torch.tensor(ids[target.start : end])) + (1 - weight) * told

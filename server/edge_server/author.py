@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from edge_sdk.protocol import Judgment, Line, Withdrawal
 from edge_sdk.tasks import Task, softmax
 from edge_server import coordinator
 from edge_server.compute import Compute, expect
-from edge_server.coordinator import Decided, Sheet, State, Tuned, Written
+from edge_server.coordinator import Decided, Event, Sheet, State, Tuned, Withdrawn, Written
 from edge_server.knowledge import filters, judging
 from edge_server.knowledge.filters import Embed
 from edge_server.knowledge.judging import Ballot, combine
@@ -53,6 +53,18 @@ class Author:
     now: Callable[[], float]
     writer: Compute | None = None
     attempts: Counter[int] = field(default_factory=Counter)  # at each sheet: what failed is not written again word for word
+
+    async def step(self, state: State) -> tuple[Sequence[Event], str]:
+        """Takes old texts out of use, or does what is next; as `runs.Llm` says."""
+        retain = self.settings.retain
+        feed = await asyncio.to_thread(self.lines, state, []) if retain else []
+        if old := crosslm.expired(self.settings, state, feed):
+            said = f"{len(old)} texts of sheets before the last {retain} withdrawn (crosslm.retain)"
+            return [Withdrawn(sample) for sample in old], said
+        if (step := crosslm.due(self.settings, state, self.now())) is None:
+            return [], ""
+        event = await self.carry_out(step, state)
+        return [event], _said(event)
 
     async def carry_out(self, step: Step, state: State) -> Written | Decided | Tuned:
         """Raises: JobFailed, DataError, OSError: it cannot be done now."""
@@ -192,6 +204,17 @@ class Author:
             covers = frozenset(judgment.covers) if judgment.covers else None
             found.append(Ballot(probabilities, judgment.metrics.get("accuracy", judging.UNKNOWN), covers))
         return found
+
+
+def _said(event: Written | Decided | Tuned) -> str:
+    match event:
+        case Written():
+            dropped = ", ".join(f"{count} {name}" for name, count in event.dropped.items()) or "none"
+            return f"sheet {event.sheet}: {event.count} texts written in {event.seconds:g} s, dropped: {dropped}"
+        case Decided(number):
+            return f"sheet {number}: {event.samples} accepted ({event.acceptance:.0%}); version {number + 1}"
+        case Tuned():
+            return f"the LLM learned from sheet {event.sheet}, loss {event.loss:.3f}"
 
 
 def _pack(rows: list[Draft] | list[Judged]) -> bytes:

@@ -1,4 +1,4 @@
-"""`edge-server`: serve a run, or look at one."""
+"""`edge-server`: serve a run, look at one, say who may take part, or simulate one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import os
+import secrets
 import signal
+import ssl
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -19,10 +24,16 @@ from edge_sdk.protocol import Line, Sample, Withdrawal
 from edge_sdk.tasks import Example, Task
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import encode, pack_lines
+from edge_server import desk, failpoints, forecast
 from edge_server import settings as run_settings
 from edge_server.knowledge.filters import Embed
 from edge_server.llm.jobs import Slm
 from edge_server.settings import SYSTEMS
+
+if TYPE_CHECKING:
+    from edge_server.guard import Guard
+
+ADMIN_TOKEN = "admin.token"  # noqa: S105  # the file's name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,11 +50,21 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder made by `edge-export bundle`; with FedMKT again for each model, which devices choose by the folder's name",
     )
     serve.add_argument("--data", type=Path, required=True, help="folder of this run's events, blobs and versions")
+    serve.add_argument("--state", default="", help="postgresql://user@host/database of events (default: a SQLite file in --data)")
+    serve.add_argument("--snapshot-every", type=int, default=500, help="events between two snapshots (default: %(default)s)")
     serve.add_argument("--system", choices=SYSTEMS, help="another system than the file's, with its table of settings")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8440, help="0 for any free port (default: %(default)s)")
     serve.add_argument(
-        "--trust-network", action="store_true", help="listen beyond this machine although devices are not yet authenticated"
+        "--require-tokens",
+        action="store_true",
+        help="devices need a token and sign what they send; always so beyond this machine, and once a token was minted",
+    )
+    serve.add_argument("--admin-token-file", type=Path, help=f"made at the first start (default: {ADMIN_TOKEN} in --data)")
+    serve.add_argument("--tls-cert", type=Path, help="PEM file of the server's certificate, and of those it comes from")
+    serve.add_argument("--tls-key", type=Path, help="PEM file of its private key")
+    serve.add_argument(
+        "--plain-http", action="store_true", help="listen beyond this machine without TLS, behind a proxy that has it"
     )
     status = verbs.add_parser("status", help="where a run stands")
     status.add_argument("server", help="URL")
@@ -53,6 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     synthetic.add_argument("server", help="URL")
     synthetic.add_argument("what", nargs="?", default="", help="a sample's id (show, withdraw) or a file (export)")
     synthetic.add_argument("--json", action="store_true")
+    for made in (status, synthetic):
+        made.add_argument("--ca", type=Path, help="file of the server's certificate, where the system does not trust it anyway")
+        made.add_argument("--admin-token-file", type=Path, help=f"{ADMIN_TOKEN} of the server's --data, if devices need tokens")
+    desk.arguments(verbs)
+    simulate = verbs.add_parser("simulate", help="what a run's settings would do with thousands of devices, in virtual time")
+    forecast.arguments(simulate)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -60,10 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
             asyncio.run(_serve(args))
         elif args.verb == "synthetic":
             asyncio.run(_synthetic(args))
+        elif args.verb == "simulate":
+            forecast.run(args)
+        elif args.verb in ("token", "device"):
+            desk.run(args)
         else:
             asyncio.run(_status(args))
     except ModuleNotFoundError as error:
-        print(f"edge-server: {error.name} is not installed; run: pip install 'tandem-edge[server]'", file=sys.stderr)
+        extra = "postgres" if error.name == "psycopg" else "server"
+        print(f"edge-server: {error.name} is not installed; run: pip install 'tandem-edge[{extra}]'", file=sys.stderr)
         return 1
     except SettingsError as error:
         print(f"edge-server: {error}", file=sys.stderr)
@@ -81,10 +113,14 @@ async def _serve(args: argparse.Namespace) -> None:
     from edge_server.compute import LocalCompute
     from edge_server.ledger import Ledger
 
-    if not args.trust_network and not _is_local(args.host):
+    tls = _tls(args.tls_cert, args.tls_key)
+    if tls is None and not args.plain_http and not _is_local(args.host):
         raise SettingsError(
-            f"{args.host} is reachable from other machines and devices are not authenticated yet; --trust-network does it"
+            f"{args.host} is reachable from other machines: give --tls-cert and --tls-key, or, behind a proxy, --plain-http"
         )
+    if args.snapshot_every < 1:
+        raise SettingsError("--snapshot-every is a number of events, at least 1")
+    reached = failpoints.of(os.environ.get("EDGE_FAILPOINT"))
     settings = run_settings.load(args.config, args.system)
     if len(args.bundle) > 1 and settings.system != "fedmkt":
         raise SettingsError(f"{settings.system} averages one model's adapters: give one --bundle; several models need fedmkt")
@@ -104,29 +140,72 @@ async def _serve(args: argparse.Namespace) -> None:
         compute = LocalCompute(public.llm, settings.task)
         auxiliary = _labelled(args.config.parent / public.public, settings.task, "fedmkt.public")
     others = {names[each]: run_settings.manifest(settings, bundle) for each, bundle in found.items() if len(found) > 1}
-    ledger = Ledger(settings, manifest, args.data, _say, compute, embed, auxiliary=auxiliary or (), others=others)
+    kept = {"state": args.state, "snapshot_every": args.snapshot_every, "reached": reached}
+    ledger = Ledger(settings, manifest, args.data, _say, compute, embed, auxiliary=auxiliary or (), others=others, **kept)
     for each, bundle in found.items():
         for name, file in bundle.files.items():
             ledger.blobs.adopt(each / name, file.sha256)
-    runner = web.AppRunner(create_app(ledger), access_log=None, handle_signals=False, shutdown_timeout=5)
+    guard = _guard(args)
+    runner = web.AppRunner(create_app(ledger, guard), access_log=None, handle_signals=False, shutdown_timeout=5)
     await runner.setup()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        site = web.TCPSite(runner, args.host, args.port)
+        site = web.TCPSite(runner, args.host, args.port, ssl_context=tls)
         await site.start()
         host, port = runner.addresses[0][:2]
         at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        _say(f"listening on http://{at}, {settings.system} at version {ledger.state.version}")
-        await stop.wait()
+        _say(f"listening on {'http' if tls is None else 'https'}://{at}, {settings.system} at version {ledger.state.version}")
+        if guard is not None:
+            _say(f"devices need a token: edge-server token mint --data {args.data}")
+        ends = [asyncio.create_task(event.wait()) for event in (stop, ledger.lost)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
         await runner.cleanup()
+    if ledger.lost.is_set():
+        raise DataError("the connection to the database is lost; what was on its way is not acknowledged. Start the server again")
     _say("stopped")
 
 
+def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """TLS 1.2 or newer; None where there is no certificate. Raises: SettingsError: one file is missing, or they do not fit."""
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise SettingsError("TLS needs both --tls-cert and --tls-key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:  # an SSLError is one
+        raise SettingsError(f"{cert} and {key} are no certificate and its key ({error.strerror or error})") from error
+    return context
+
+
+def _guard(args: argparse.Namespace) -> Guard | None:
+    """Who may call what; None where only this machine can, and no token was ever minted."""
+    from edge_server.admission import NAME, Admission
+    from edge_server.gate import Gate
+    from edge_server.guard import Guard
+
+    if _is_local(args.host) and not args.require_tokens and not (args.data / NAME).exists():
+        return None
+    path = args.admin_token_file or args.data / ADMIN_TOKEN
+    admin = files.secret(path, lambda: secrets.token_hex(16).encode()).decode().strip()
+    if len(admin) < 16:
+        raise SettingsError(f"the admin token in {path} has fewer than 16 characters; delete it, and the server makes another")
+    start = time.time() - time.monotonic()  # a clock that never goes back: what is forgotten stays refused
+    return Guard(Admission(args.data), Gate(secrets.token_hex(8)), admin, lambda: start + time.monotonic())
+
+
+def _admin(path: Path | None) -> str:
+    """The operator's token; "" for none."""
+    return "" if path is None else path.read_text().strip()
+
+
 async def _status(args: argparse.Namespace) -> None:
-    async with HttpTransport(args.server) as transport:
+    async with HttpTransport(args.server, ca=args.ca, bearer=_admin(args.admin_token_file)) as transport:
         status = await Api(transport).status()
     if args.json:
         print(encode(status).decode())
@@ -174,7 +253,7 @@ async def _synthetic(args: argparse.Namespace) -> None:
         raise SettingsError(
             f"`edge-server synthetic {args.do} URL` needs {'a file' if args.do == 'export' else 'the id of a sample'}"
         )
-    async with HttpTransport(args.server) as transport:
+    async with HttpTransport(args.server, ca=args.ca, bearer=_admin(args.admin_token_file)) as transport:
         api = Api(transport)
         if args.do == "withdraw":
             await api.withdraw(args.what)

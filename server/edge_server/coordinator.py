@@ -8,7 +8,7 @@ Rules kept here and nowhere else:
 4. An update whose base is older than `max_staleness` versions is refused.
 5. The next version is made from the `buffer_size` oldest updates of the buffer, and from nothing else.
 
-`ledger.py` does the disk, `systems/` say what a device should do and how a version is made.
+`ledger.py` does the disk, `runs.py` says which system it is, and `systems/` what a device should do and how a version is made.
 """
 
 from __future__ import annotations
@@ -195,6 +195,7 @@ class Device:
     judged: int = -1
     updates: int = 0
     uploaded_bytes: int = 0
+    sent: tuple[str, ...] = ()  # blobs, which no device may read
 
 
 @dataclass(frozen=True)
@@ -260,64 +261,70 @@ class State:
 
 def apply(state: State, event: Event) -> State:
     """The state after `event`, which a decision below has allowed."""
+    if isinstance(event, Averaging):
+        return _after_averaging(state, event)
+    return _after_writing(state, event) if isinstance(event, Writing) else _after_masking(state, event)
+
+
+def _after_averaging(state: State, event: Averaging) -> State:
     match event:
         case Enrolled(device, name, model):
             known = state.devices.get(device)
             return _with_device(state, device, replace(known, name=name, model=model) if known else Device(name, model))
         case Accepted():
-            sender = state.devices[event.device]
-            state = _with_device(
-                state,
-                event.device,
-                replace(
-                    sender,
-                    trained=max(sender.trained, event.version),
-                    updates=sender.updates + 1,
-                    uploaded_bytes=sender.uploaded_bytes + event.size,
-                ),
-            )
-            waiting = Buffered(event.blob, event.num_examples, state.version - event.version, event.version)
-            return replace(_with_receipt(state, "update", event), buffer=(*state.buffer, waiting))
+            return _after_update(state, event)
         case Evaluated():
             sender = state.devices[event.device]
-            state = _with_device(state, event.device, replace(sender, evaluated=max(sender.evaluated, event.version)))
-            return _with_receipt(state, "evaluation", event)
+            return _heard(state, "evaluation", event, replace(sender, evaluated=max(sender.evaluated, event.version)))
         case Kept():
             sender = state.devices[event.device]
-            state = _with_device(state, event.device, replace(sender, trained=max(sender.trained, event.version)))
-            return _with_receipt(state, "kept", event)
-        case Written():
-            sheet = Sheet(event.texts, event.drafts, event.size, event.count, event.adapter, event.at)
-            return replace(state, sheets=(*state.sheets, sheet))
-        case Judged():
-            sender = state.devices[event.device]
-            state = _with_device(
-                state,
-                event.device,
-                replace(sender, judged=max(sender.judged, event.sheet), uploaded_bytes=sender.uploaded_bytes + event.size),
-            )
-            sheet = state.sheets[event.sheet]
-            ballots = (*sheet.ballots, Ballot(event.device, event.blob))
-            return _with_sheet(_with_receipt(state, "judgment", event), event.sheet, replace(sheet, ballots=ballots))
-        case Decided(number, judged, samples, acceptance):
-            sheet = replace(state.sheets[number], judged=judged, samples=samples, acceptance=acceptance)
-            state = _with_sheet(state, number, sheet)
-            adapters = (*state.adapters, state.adapter)  # what devices start from stays
-            return replace(state, feed=(*state.feed, number), version=state.version + 1, adapters=adapters)
-        case Tuned(_, adapter, _):
-            return replace(state, tuned=(*state.tuned, adapter))
-        case Withdrawn(sample):
-            return replace(state, feed=(*state.feed, sample))
+            return _heard(state, "kept", event, replace(sender, trained=max(sender.trained, event.version)))
         case Published(version, adapter, folded, llm):
             tuned = (*state.tuned, llm) if llm else state.tuned
             state = replace(_with_cohort(state, None), version=version, adapters=(*state.adapters, adapter), tuned=tuned)
             return replace(state, buffer=state.buffer[folded:])
+
+
+def _after_update(state: State, event: Accepted) -> State:
+    sender = state.devices[event.device]
+    trained, uploaded = max(sender.trained, event.version), sender.uploaded_bytes + event.size
+    sender = replace(sender, trained=trained, updates=sender.updates + 1, uploaded_bytes=uploaded)
+    sender = replace(sender, sent=(*sender.sent, event.blob))
+    waiting = Buffered(event.blob, event.num_examples, state.version - event.version, event.version)
+    return replace(_heard(state, "update", event, sender), buffer=(*state.buffer, waiting))
+
+
+def _after_writing(state: State, event: Writing) -> State:
+    match event:
+        case Written():
+            sheet = Sheet(event.texts, event.drafts, event.size, event.count, event.adapter, event.at)
+            return replace(state, sheets=(*state.sheets, sheet))
+        case Judged():
+            sender, sheet = state.devices[event.device], state.sheets[event.sheet]
+            judged, uploaded = max(sender.judged, event.sheet), sender.uploaded_bytes + event.size
+            sender = replace(sender, judged=judged, uploaded_bytes=uploaded, sent=(*sender.sent, event.blob))
+            state = _heard(state, "judgment", event, sender)
+            return _with_sheet(state, event.sheet, replace(sheet, ballots=(*sheet.ballots, Ballot(event.device, event.blob))))
+        case Decided(number, judged, samples, acceptance):
+            sheet = replace(state.sheets[number], judged=judged, samples=samples, acceptance=acceptance)
+            adapters = (*state.adapters, state.adapter)  # what devices start from stays
+            state = replace(state, feed=(*state.feed, number), version=state.version + 1, adapters=adapters)
+            return _with_sheet(state, number, sheet)
+        case Tuned(_, adapter, _):
+            return replace(state, tuned=(*state.tuned, adapter))
+        case Withdrawn(sample):
+            return replace(state, feed=(*state.feed, sample))
+
+
+def _after_masking(state: State, event: Masking) -> State:
+    match event:
         case Opened(terms, deadline, seconds):
             state = replace(_with_cohort(state, None), cohorts=state.cohorts + 1, seconds=seconds)
             return replace(state, cohort=Cohort(terms, deadline))
         case Answered(said, blob, size, at):
             sender = state.devices[said.device]
             sender = replace(sender, uploaded_bytes=sender.uploaded_bytes + size, updates=sender.updates + bool(blob))
+            sender = replace(sender, sent=(*sender.sent, blob)) if blob else sender
             cohort = _answered(_cohort(state), said, blob, state.keys)
             return _with_cohort(_with_device(state, said.device, sender), unmasking.advance(cohort, at, state.seconds))
         case Ticked(at):
@@ -345,6 +352,17 @@ def known_device(state: State, device: str) -> Device:
     if device not in state.devices:
         raise WireError("unknown-device", "enroll this device first", 403)
     return state.devices[device]
+
+
+def check_signer(device: str, signer: str | None) -> None:
+    """Raises: WireError: `wrong-device`: `signer` signed a message of another device; None where nobody signs."""
+    if signer not in (None, device):
+        raise WireError("wrong-device", "the message names another device than the one that signed it", 403)
+
+
+def is_private(state: State, blob: str) -> bool:
+    """Whether a device has sent this blob. None of what devices read can be one: a sent one names its device inside."""
+    return any(blob in device.sent for device in state.devices.values())
 
 
 def accept(state: State, update: Update, id: str, blob: str, size: int, max_staleness: int) -> Accepted | Receipt:
@@ -502,11 +520,12 @@ def _with_sheet(state: State, number: int, sheet: Sheet) -> State:
     return replace(state, sheets=(*state.sheets[:number], sheet, *state.sheets[number + 1 :]))
 
 
-def _with_receipt(state: State, kind: str, event: Accepted | Evaluated | Kept | Judged) -> State:
+def _heard(state: State, kind: str, event: Accepted | Evaluated | Kept | Judged, sender: Device) -> State:
+    """With what a device has sent: the sender as it is now, a receipt, and what was measured."""
     version = event.sheet if isinstance(event, Judged) else event.version
     measured = Measurement(kind, event.device, version, event.num_examples, event.metrics)
     return replace(
-        state,
+        _with_device(state, event.device, sender),
         receipts=MappingProxyType({**state.receipts, event.id: Receipt(event.id, state.version)}),
         measurements=(*state.measurements, measured),
     )

@@ -28,6 +28,11 @@ class Distiller:
     blobs: Blobs
     compute: Compute
 
+    async def refine(self, averaged: Arrays, state: State) -> tuple[dict[str, Array], str, str]:
+        """A version's adapter, the blob of the LLM's, and what to say of it. Raises: as `distil`."""
+        learned, llm, how = await self.distil(averaged, state)
+        return learned, llm, f"; distilled in {how.seconds:.0f} s, losses {how.slm_loss:.3f} and {how.llm_loss:.3f} (LLM)"
+
     async def distil(self, averaged: Arrays, state: State) -> tuple[dict[str, Array], str, Distilled]:
         """The SLM's adapter after learning from the LLM, the blob of the LLM's, and how it went.
 

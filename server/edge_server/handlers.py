@@ -26,6 +26,7 @@ from edge_sdk.wire import (
     encode,
     pack_lines,
 )
+from edge_server.guard import GUARD, check_body, own, signer_of
 from edge_server.ledger import Ledger
 
 BODY_SECONDS = 600.0  # a slow line may take its time, a silent one may not hold a file for ever
@@ -41,12 +42,16 @@ async def enroll(request: web.Request) -> web.Response:
     message = decode(await _body(request), Enroll)
     if message.protocol != PROTOCOL:
         raise WireError("wrong-protocol", f"this server speaks protocol {PROTOCOL}, the device {message.protocol}")
+    own(request, message.device)
+    if guard := request.app.get(GUARD):
+        await guard.admit(request, message.token)
     return _json(encode(await request.app[LEDGER].enroll(message.device, message.name, message.model)))
 
 
 @routes.post("/v1/work")
 async def work(request: web.Request) -> web.Response:
     message = decode(await _body(request), Ask)
+    own(request, message.device)
     return _json(encode(request.app[LEDGER].plan(message.device, message.can_train)))
 
 
@@ -56,6 +61,7 @@ async def results(request: web.Request) -> web.Response:
     if request.content_type == JSON_TYPE:
         body = await _body(request)
         report: Evaluation | Trained | Spoken = decode(body, Evaluation | Trained | Spoken)  # type: ignore[arg-type]  # a union is fine
+        own(request, report.device)
         if isinstance(report, Spoken):
             return _json(encode(await ledger.take_answer(report)))
         check_result(report)
@@ -63,15 +69,15 @@ async def results(request: web.Request) -> web.Response:
         take = ledger.take_evaluation(report, sha256) if isinstance(report, Evaluation) else ledger.take_trained(report, sha256)
         return _json(encode(await take))
     if request.content_type == JUDGMENT_TYPE:
-        return _json(encode(await ledger.take_judgment(await _body(request))))
+        return _json(encode(await ledger.take_judgment(await _body(request, ledger.judgment_limit), signer_of(request))))
     if request.content_type not in (TENSORS_TYPE, MASKED_TYPE):
         raise WireError("wrong-type", f"send {TENSORS_TYPE}, {MASKED_TYPE}, {JUDGMENT_TYPE} or {JSON_TYPE}", 415)
     incoming = ledger.blobs.incoming()
     try:
         sha256 = await _stream(request, incoming, ledger.body_limit)
         if request.content_type == MASKED_TYPE:
-            return _json(encode(await ledger.take_masked(incoming, sha256)))
-        return _json(encode(await ledger.take_update(incoming, sha256)))
+            return _json(encode(await ledger.take_masked(incoming, sha256, signer_of(request))))
+        return _json(encode(await ledger.take_update(incoming, sha256, signer_of(request))))
     finally:
         incoming.unlink(missing_ok=True)
 
@@ -79,7 +85,7 @@ async def results(request: web.Request) -> web.Response:
 @routes.get("/v1/blobs/{sha256}")
 async def blob(request: web.Request) -> web.StreamResponse:
     sha256 = request.match_info["sha256"]
-    path = request.app[LEDGER].blobs.path(sha256)
+    path = request.app[LEDGER].public(sha256)
     if path is None:
         raise WireError("unknown-blob", "there is no blob of this name", 404)
     return web.FileResponse(path.resolve(), headers={"Content-Type": "application/octet-stream"})
@@ -142,16 +148,17 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
         return _problem(500, "internal", "the server failed; its log says why. Try again later")
 
 
-async def _body(request: web.Request) -> bytes:
+async def _body(request: web.Request, limit: int = MAX_JSON) -> bytes:
     """A small body. Raises: WireError: `too-large`."""
-    if request.content_length is not None and request.content_length > MAX_JSON:
-        raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
+    if request.content_length is not None and request.content_length > limit:
+        raise WireError("too-large", f"a message may have {limit} bytes", 413)
     body = bytearray()
     async with asyncio.timeout(BODY_SECONDS):
         async for chunk in request.content.iter_chunked(1 << 16):
             body += chunk
-            if len(body) > MAX_JSON:
-                raise WireError("too-large", f"a message may have {MAX_JSON} bytes", 413)
+            if len(body) > limit:
+                raise WireError("too-large", f"a message may have {limit} bytes", 413)
+    check_body(request, hashlib.sha256(body).hexdigest())
     return bytes(body)
 
 
@@ -176,6 +183,7 @@ async def _stream(request: web.Request, to: Path, limit: int) -> str:
                     raise WireError("too-large", f"an update may have {limit} bytes", 413)
                 digest.update(chunk)
                 file.write(chunk)
+    check_body(request, digest.hexdigest())
     return digest.hexdigest()
 
 

@@ -1,62 +1,46 @@
 """The running coordinator: decides on the state, writes the event, applies it, answers; makes versions in the background.
 
 This is the one place where the pure reducer meets the disk. A call from an HTTP handler to the mathematics goes
-handlers -> ledger -> systems/lpfl.
+handlers -> ledger -> systems/lpfl; which system it is, `runs.py` has said.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
-import json
 import logging
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from edge_sdk import files, wire
-from edge_sdk.adapters import Array, add, write_peft
+from edge_sdk.adapters import Array
 from edge_sdk.cohort import Answer
-from edge_sdk.errors import SettingsError, WireError
-from edge_sdk.protocol import PROTOCOL, Evaluation, Line, Manifest, Receipt, Status, Trained, Wait, Work
+from edge_sdk.errors import DataError, WireError
+from edge_sdk.protocol import Evaluation, Line, Manifest, Receipt, Status, Trained, Wait, Work
 from edge_sdk.tasks import Example
-from edge_server import cohorts, coordinator, unmasking
+from edge_server import cohorts, coordinator, runs, snapshots, storage
 from edge_server.aggregation import Contribution
-from edge_server.author import Author
-from edge_server.cohorts import Secure
-from edge_server.compute import Compute, LocalCompute
-from edge_server.coordinator import (
-    Buffered,
-    Decided,
-    Device,
-    Event,
-    Lost,
-    Opened,
-    Published,
-    State,
-    Ticked,
-    Tuned,
-    Withdrawn,
-    Written,
-)
-from edge_server.distiller import Distiller
-from edge_server.endpoint import Endpoint
+from edge_server.compute import Compute
+from edge_server.coordinator import Buffered, Event, Lost, Published, State
+from edge_server.failpoints import Reached, nothing
+from edge_server.folder import Versions, run_of
 from edge_server.knowledge.filters import Embed
+from edge_server.runs import Feed, Llm
+from edge_server.secure import SecureAverage
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
-from edge_server.systems import crosslm, fedcollm, fedmkt, lpfl
+from edge_server.systems import lpfl
 from edge_server.systems.lpfl import LpFl
-from edge_server.tutor import Tutor, sheet
-from edge_server.unmasking import Cohort, Failed
+from edge_server.unmasking import Cohort
 
 RETRY_SECONDS = 60.0
 R = TypeVar("R", Evaluation, Trained)
+P = TypeVar("P", Feed, Llm)
 log = logging.getLogger(__name__)
 
 
@@ -66,16 +50,20 @@ class Ledger:
     Args:
         settings: of the run; a folder that holds a run with other settings is refused.
         manifest: what devices are told.
-        data: folder for the event log, blobs and versions.
+        data: folder for blobs and versions, and for the event log where it is a file.
         say: told one line per version.
         compute: where the LLM runs, for a system that has one; CrossLM's is a process of its own by default.
         auxiliary: the server's own labelled texts, for FedCoLLM; the public ones, for FedMKT.
         others: what devices with other models are told, by the model's name, for FedMKT.
         embed: finds near duplicates among synthetic texts; None compares words.
         now: seconds since the epoch.
+        state: URL of a PostgreSQL database with the event log; "" for a SQLite file in `data`.
+        snapshot_every: events after which the state is taken down.
+        reached: told at each write where it is; for tests that kill the process there.
 
     Raises:
-        SettingsError: the folder belongs to another run, or another server uses it.
+        SettingsError: folder or database belong to another run, another server uses them, or the system needs what is not there.
+        DataError: the database cannot be used.
     """
 
     def __init__(
@@ -89,77 +77,54 @@ class Ledger:
         now: Callable[[], float] = time.time,
         auxiliary: tuple[Example, ...] = (),
         others: Mapping[str, Manifest] | None = None,
+        state: str = "",
+        snapshot_every: int = 500,
+        reached: Reached = nothing,
     ) -> None:
-        both = settings.fedcollm if settings.system == "fedcollm" else None
-        if both is not None and (compute is None or not auxiliary):
-            raise SettingsError("fedcollm needs a process for its models, and labelled texts in the file fedcollm.auxiliary")
-        public = settings.fedmkt if settings.system == "fedmkt" else None
-        if public is not None:
-            if compute is None or not auxiliary:
-                raise SettingsError("fedmkt needs a process for its LLM, and labelled texts in the file fedmkt.public")
-            sheet(auxiliary)
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(files.held(data, "edge-server"))
-        run = _run_of(data / "run.json", settings, manifest, others or {})
+        others = others or {}
+        bind = runs.of(settings, compute, auxiliary, {"": manifest, **others}, embed, now)
+        url = storage.postgresql(state) if state else storage.sqlite(data / "events.sqlite")
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(files.held(data, "edge-server"))
+            self._log = opened.enter_context(contextlib.closing(EventLog(url, reached)))
+            run = run_of(data / "run.json", self._log, settings, manifest, others)
+            self.state: State = snapshots.replay(self._log, snapshot_every)
+            self._open = opened.pop_all()
         self.manifest = msgspec.structs.replace(manifest, run=run)
-        self._others = {name: msgspec.structs.replace(other, run=run) for name, other in (others or {}).items()}
-        self.blobs = Blobs(data / "blobs")
+        self._others = {name: msgspec.structs.replace(other, run=run) for name, other in others.items()}
+        self.blobs = Blobs(data / "blobs", reached)
+        self._run = bind(self.blobs)
         self._settings = settings
-        self._data = data
+        self._versions = Versions(data / "versions", manifest.adapter, manifest.bundle.base, reached)
         self._say = say
         self._shapes = manifest.adapter.shapes()
         self._update_shapes = wire.update_shapes(manifest)
         self.body_limit = wire.size_limit(self._shapes)
-        self._log = self._open.enter_context(contextlib.closing(EventLog(data / "events.sqlite")))
-        events = (msgspec.json.decode(body, type=Event) for body in self._log.read())
-        self.state: State = functools.reduce(coordinator.apply, events, State())
+        self._snapshot_every = snapshot_every
+        self.lost = asyncio.Event()  # the database is: nothing is taken in any more
         self._lock = asyncio.Lock()
         self._full, self._news = asyncio.Event(), asyncio.Event()  # there may be a version to make; the LLM may have work
         self._now = now
-        self._author: Author | None = None
-        self._feed: list[Line] = []
-        if (llm := settings.crosslm) is not None and settings.system == "crosslm":
-            compute = compute or LocalCompute(llm.llm, settings.task)
-            writer = Endpoint(llm.llm) if llm.llm.endpoint else None
-            self._author = Author(llm, settings.task, self.blobs, compute, embed, now, writer)
-        self._distiller = Distiller(both, auxiliary, self.blobs, compute) if both is not None and compute is not None else None
-        self._tutor: Tutor | None = None
-        if public is not None and compute is not None:
-            self._tutor = Tutor(public, settings.task, auxiliary, self.blobs, compute, now)
-        self._starts: dict[str, str] = {}  # the first adapters of other models
+        self._unseen: SecureAverage | None = None
+        if (how := settings.averaged) is not None and how.secure is not None:
+            self._unseen = SecureAverage(how, how.secure, run, manifest.adapter, self.blobs)
+        self._lines: list[Line] = []  # of the feed, as far as it has been asked for
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
         """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it."""
-        for name, other in self._others.items():
-            seed = 0 if self._tutor is None else self._tutor.settings.seed
-            self._starts[name] = await asyncio.to_thread(self.blobs.put, wire.pack_adapter(other.adapter.start(seed)))
         if self.state.version < 0:
-            first = self._start()
-            await asyncio.to_thread(self._publish_files, 0, first)
-            blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(0))
-            async with self._lock:
-                await self._record(Published(0, blob, 0))
+            await self._publish(0, self._run.start(self.manifest.adapter), 0)
         else:
-            await asyncio.to_thread(self._mend_version)
+            body = await asyncio.to_thread(self.blobs.get, self.state.adapter)
+            await asyncio.to_thread(self._versions.mend, self.state.version, body)
         self._full.set()
         self._news.set()
 
-    def _start(self) -> dict[str, Array]:
-        spec = self.manifest.adapter
-        if self._author is not None:
-            return crosslm.start(self._author.settings, spec)
-        if self._distiller is not None:
-            return fedcollm.start(self._distiller.settings, spec)
-        if self._tutor is not None:
-            return spec.start(self._tutor.settings.seed)
-        return lpfl.start(self._settings.lpfl, spec)
-
     async def rest(self) -> None:
         """Ends the LLM's process, where there is one."""
-        for part in (self._author, self._distiller, self._tutor):
-            if part is not None:
-                await part.compute.close()
+        if self._run.compute is not None:
+            await self._run.compute.close()
 
     def close(self) -> None:
         self._open.close()
@@ -176,23 +141,20 @@ class Ledger:
 
     def plan(self, device: str, can_train: bool) -> Work:
         known = coordinator.known_device(self.state, device)
-        work = self._next(known, can_train)
+        work = self._run.plan(self.state, known, can_train)
         if isinstance(work, Wait) and self.state.cohort is not None and known.trained == self.state.version:
             return cohorts.plan(self.state.cohort, self.state.version, device) or work
         return work
 
-    def _next(self, known: Device, can_train: bool) -> Work:
-        if self._author is not None:
-            return crosslm.plan(self._author.settings, self.state, known, can_train)
-        if self._distiller is not None:
-            return fedcollm.plan(self._distiller.settings, self.state, known, can_train)
-        if self._tutor is not None:
-            start = self._starts.get(known.model, self.state.adapter)
-            return fedmkt.plan(self._tutor.settings, self.state, known, can_train, start)
-        return lpfl.plan(self._settings.lpfl, self.state, known, can_train)
+    def public(self, sha256: str) -> Path | None:
+        """Where a blob lies that any device may read; None where there is none, or a device sent it."""
+        return None if coordinator.is_private(self.state, sha256) else self.blobs.path(sha256)
 
-    async def take_update(self, incoming: Path, sha256: str) -> Receipt:
+    async def take_update(self, incoming: Path, sha256: str, signer: str | None = None) -> Receipt:
         """Checks a streamed upload, keeps it, and answers once it is on disk.
+
+        Args:
+            signer: the device that signed the request; None where the server does not know its devices.
 
         Raises:
             WireError: the upload is refused; nothing of it remains.
@@ -203,8 +165,9 @@ class Ledger:
             raise WireError("wrong-system", "this run averages masked updates only; ask for work", 404)
         body = await asyncio.to_thread(incoming.read_bytes)
         update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
+        coordinator.check_signer(update.device, signer)
         id = wire.update_id(update.device, update.version, sha256)
-        if self._author is not None and update.version < (first := self._author.settings.versions):
+        if update.version < (first := self._run.shares_from):
             raise WireError("wrong-system", f"before version {first} of this run devices keep what they learn", 404)
         async with self._lock:  # two updates at once for one version: the second is refused before its blob is kept
             decision = coordinator.accept(self.state, update, id, sha256, len(body), averaged.max_staleness)
@@ -221,14 +184,13 @@ class Ledger:
 
     async def take_trained(self, trained: Trained, sha256: str) -> Receipt:
         """Raises: WireError: the report is refused."""
-        secure = self._secure
-        if self._author is None and self._tutor is None and secure is None:
+        if self._run.llm is None and self._unseen is None:
             raise WireError("wrong-system", f"{self._settings.system} wants what was learned, not only a word of it", 404)
         receipt = await self._take_report(coordinator.keep, trained, sha256)
-        if secure is not None:
-            async with self._lock:
-                if trained.version == self.state.version:  # one that comes late has nothing for the next
-                    await self._form_cohort(secure)
+        if self._unseen is not None:
+            async with self._lock:  # one that comes late has nothing for the next cohort
+                if trained.version == self.state.version and (event := self._unseen.form(self.state, self._now())):
+                    await self._record(event)
             self._full.set()  # there may be a deadline now
         return receipt
 
@@ -243,26 +205,13 @@ class Ledger:
         said = hashlib.sha256(wire.encode(answer)).hexdigest()
         return Receipt(wire.update_id(answer.device, self.state.version, blob or said), self.state.version)
 
-    async def take_masked(self, incoming: Path, sha256: str) -> Receipt:
+    async def take_masked(self, incoming: Path, sha256: str, signer: str | None = None) -> Receipt:
         """The same for a masked vector."""
         body = await asyncio.to_thread(incoming.read_bytes)
         length = cohorts.length(self.manifest.adapter) + 1
         masked, _ = await asyncio.to_thread(wire.unpack_masked, body, length)
+        coordinator.check_signer(masked.device, signer)
         return await self.take_answer(masked, sha256, len(body), incoming)
-
-    @property
-    def _secure(self) -> Secure | None:
-        how = self._settings.averaged
-        return None if how is None else how.secure
-
-    async def _form_cohort(self, secure: Secure) -> None:
-        """Forms a cohort where none is under way and there is still a version to make; the caller holds the lock."""
-        state, how = self.state, self._settings.averaged
-        if how is None or isinstance(state.cohort, Cohort) or state.version >= how.versions:
-            return
-        name = f"{self.manifest.run[:16]}-{state.version}-{state.cohorts}"
-        terms = cohorts.terms(secure, how.buffer_size, self.manifest.adapter, name)
-        await self._record(Opened(terms, self._now() + secure.join_seconds, secure.phase_seconds))
 
     async def _take_report(self, decide: Callable[[State, R, str], Event | Receipt], report: R, sha256: str) -> Receipt:
         """A message of numbers: decided on, and on disk before it is answered."""
@@ -274,9 +223,15 @@ class Ledger:
             await self._record(decision)
         return self.state.receipts[id]
 
-    async def take_judgment(self, body: bytes) -> Receipt:
+    @property
+    def judgment_limit(self) -> int:
+        """Bytes that a judgment may have."""
+        return self._run.judgment_limit
+
+    async def take_judgment(self, body: bytes, signer: str | None = None) -> Receipt:
         """Checks a judgment, keeps it, and answers once it is on disk. Raises: WireError: it is refused."""
-        judgment = (self._tutor or self._writer).read(body, self.state)
+        judgment = await asyncio.to_thread(self._given(self._run.llm).read, body, self.state)
+        coordinator.check_signer(judgment.device, signer)
         sha256 = hashlib.sha256(body).hexdigest()
         id = wire.update_id(judgment.device, judgment.version, sha256)
         async with self._lock:
@@ -294,12 +249,12 @@ class Ledger:
         Raises:
             WireError: `wrong-system`: this run has no feed; `unknown-task`: it is one of another task.
         """
-        author, state = self._writer, self.state
-        if task not in (None, own := author.settings.task):
-            raise WireError("unknown-task", f"this feed is of the task {own!r}", 404)
-        if len(self._feed) < state.lines:
-            self._feed = await asyncio.to_thread(author.lines, state, self._feed)
-        return self._feed[since : since + limit]
+        feed, state = self._given(self._run.feed), self.state
+        if task not in (None, feed.task):
+            raise WireError("unknown-task", f"this feed is of the task {feed.task!r}", 404)
+        if len(self._lines) < state.lines:
+            self._lines = await asyncio.to_thread(feed.lines, state, self._lines)
+        return self._lines[since : since + limit]
 
     async def withdraw(self, sample: str) -> None:
         """Takes a sample out of use; devices drop it when they next ask. Raises: WireError: there is no such sample."""
@@ -308,11 +263,10 @@ class Ledger:
             if event := coordinator.withdraw(self.state, sample, known):
                 await self._record(event)
 
-    @property
-    def _writer(self) -> Author:
-        if self._author is None:
+    def _given(self, part: P | None) -> P:
+        if part is None:
             raise WireError("wrong-system", f"{self._settings.system} has no synthetic data", 404)
-        return self._author
+        return part
 
     async def make_versions(self) -> None:
         """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted; and, beside that, lets
@@ -323,10 +277,8 @@ class Ledger:
         """
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_doing(self._average, self._full, self._cohort_patience))
-            if (author := self._author) is not None:
-                group.create_task(self._keep_doing(lambda: self._llm_step(author), self._news, self._patience))
-            if (tutor := self._tutor) is not None:
-                group.create_task(self._keep_doing(lambda: self._lesson(tutor), self._news, self._patience))
+            if (llm := self._run.llm) is not None:
+                group.create_task(self._keep_doing(lambda: self._llm_step(llm), self._news, self._patience))
 
     async def _keep_doing(
         self, step: Callable[[], Awaitable[bool]], wake: asyncio.Event, patience: Callable[[], float | None]
@@ -347,55 +299,37 @@ class Ledger:
 
     async def _average(self) -> bool:
         """Makes a version if enough updates are there; whether it did."""
-        how = self._settings.averaged
-        if how is not None and how.secure is not None:
-            return await self._average_unseen(how, how.secure)
-        if how is None or not (batch := self._batch(how)):
+        if self._unseen is not None:
+            return await self._average_unseen(self._unseen)
+        if (how := self._settings.averaged) is None or not (batch := self._run.averaged(self.state)):
             return False
         adapter = await asyncio.to_thread(self._averaged, self.state.adapter, batch, how)
         staleness = ", ".join(str(b.staleness) for b in batch)
         await self._make_version(adapter, f"{len(batch)} updates (staleness {staleness})", len(batch))
         return True
 
-    async def _average_unseen(self, how: LpFl, secure: Secure) -> bool:
+    async def _average_unseen(self, unseen: SecureAverage) -> bool:
         """Goes on with the cohort; whether anything came of it."""
         async with self._lock:
-            match self.state.cohort:
-                case Cohort() as cohort if unmasking.advance(cohort, now := self._now(), self.state.seconds) is not cohort:
-                    await self._record(Ticked(now))
-                    return True
-                case Failed(name, reason):
-                    self._say(f"cohort {name} has failed: {reason}; the next one is formed")
-                    await self._form_cohort(secure)
-                    return True
-        if not isinstance(whole := self.state.cohort, Cohort) or whole.phase != "done":
+            event, said = unseen.due(self.state, self._now())
+            if said:
+                self._say(said)
+            if event is not None:
+                await self._record(event)
+                return True
+        if not isinstance(cohort := self.state.cohort, Cohort) or cohort.phase != "done":
             return False
         try:
-            adapter = await asyncio.to_thread(self._unmasked, whole, how)
+            adapter = await asyncio.to_thread(lambda: unseen.average(cohort, self._adapter_of(self.state.adapter)))
         except WireError as error:
             async with self._lock:
                 await self._record(Lost(error.detail))
         else:
-            await self._make_version(adapter, f"the sum of {len(whole.uploads)} masked updates", 0)
+            await self._make_version(adapter, f"the sum of {len(cohort.uploads)} masked updates", 0)
         return True
 
     def _cohort_patience(self) -> float | None:
-        """Seconds until the cohort's deadline; None where there is none."""
-        cohort = self.state.cohort
-        return max(cohort.deadline - self._now(), 0.01) if isinstance(cohort, Cohort) and cohort.phase != "done" else None
-
-    def _unmasked(self, cohort: Cohort, how: LpFl) -> dict[str, Array]:
-        spec, length = self.manifest.adapter, cohort.terms.length + 1
-        vectors = (wire.unpack_masked(self.blobs.get(blob), length)[1] for blob in cohort.uploads.values())
-        mean, _ = unmasking.unmask(cohort, vectors)
-        return add(self._adapter_of(self.state.adapter), cohorts.unflatten(mean, spec), how.server_lr)
-
-    def _batch(self, how: LpFl) -> tuple[Buffered, ...]:
-        if self._author is not None:
-            return crosslm.averaged(self._author.settings, self.state)
-        if self._distiller is not None:
-            return fedcollm.due(self._distiller.settings, self.state)
-        return lpfl.due(how, self.state)
+        return None if self._unseen is None else self._unseen.patience(self.state, self._now())
 
     @property
     def trouble(self) -> str:
@@ -404,70 +338,34 @@ class Ledger:
 
     def _patience(self) -> float | None:
         """Seconds until a deadline may pass; None where only news can change anything."""
-        if (part := self._author or self._tutor) is None or not self.state.sheets or (last := self.state.sheets[-1]).judged:
+        if not self.state.sheets or (last := self.state.sheets[-1]).judged or not last.ballots:
             return None
-        return max(last.at + part.settings.deadline_seconds - self._now(), 0.01) if last.ballots else None
+        return max(last.at + self._run.deadline_seconds - self._now(), 0.01)
 
-    async def _lesson(self, tutor: Tutor) -> bool:
-        """Lets the LLM learn or answer, or asks devices again; whether there was anything to do."""
-        if (step := fedmkt.due(tutor.settings, state := self.state, self._now())) is None:
-            return False
-        event = await tutor.carry_out(step, state)
+    async def _llm_step(self, llm: Llm) -> bool:
+        """Lets the LLM do what is next; whether there was anything."""
+        events, said = await llm.step(self.state)
         async with self._lock:
-            await self._record(event)
-        match event:
-            case Written():
-                self._say(f"version {event.sheet}: devices are asked what they make of {event.count} public texts")
-            case Tuned():
-                heard = fedmkt.heard(tutor.settings, state, event.sheet)
-                self._say(f"the LLM learned from {len(heard)} devices, loss {event.loss:.3f}")
-            case Decided():
-                self._say(f"version {self.state.version}: the LLM gets {event.acceptance:.0%} of the public texts right")
-        return True
-
-    async def _llm_step(self, author: Author) -> bool:
-        """Does what the LLM or its sheets need next; whether there was anything."""
-        if old := crosslm.expired(author.settings, self.state, await self.synthetic(0, self.state.lines)):
-            async with self._lock:
-                for sample in old:
-                    await self._record(Withdrawn(sample))
-            self._say(f"{len(old)} texts of sheets before the last {author.settings.retain} withdrawn (crosslm.retain)")
-        if (step := crosslm.due(author.settings, self.state, self._now())) is None:
-            return False
-        event = await author.carry_out(step, self.state)
-        async with self._lock:
-            await self._record(event)
-        match event:
-            case Written():
-                dropped = ", ".join(f"{count} {name}" for name, count in event.dropped.items()) or "none"
-                self._say(f"sheet {event.sheet}: {event.count} texts written in {event.seconds:g} s, dropped: {dropped}")
-            case Decided():
-                self._say(f"sheet {event.sheet}: {event.samples} accepted ({event.acceptance:.0%}); version {self.state.version}")
-            case Tuned():
-                self._say(f"the LLM learned from sheet {event.sheet}, loss {event.loss:.3f}")
-        return True
+            for event in events:
+                await self._record(event)
+        if events:
+            self._say(said)
+        return bool(events)
 
     async def _make_version(self, adapter: dict[str, Array], source: str, folded: int) -> None:
-        version, llm, learned = self.state.version + 1, "", ""
-        if self._distiller is not None:
-            adapter, llm, how_well = await self._distiller.distil(adapter, self.state)
-            learned = f"; distilled in {how_well.seconds:.0f} s, losses {how_well.slm_loss:.3f} and {how_well.llm_loss:.3f} (LLM)"
-        await asyncio.to_thread(self._publish_files, version, adapter)
-        blob = await asyncio.to_thread(self.blobs.put, self._version_bytes(version))
-        async with self._lock:
-            await self._record(Published(version, blob, folded, llm))
+        version = self.state.version + 1
+        adapter, llm, learned = await self._run.refine(adapter, self.state)
+        await self._publish(version, adapter, folded, llm)
         self._say(f"version {version} from {source}{learned}")
 
+    async def _publish(self, version: int, adapter: dict[str, Array], folded: int, llm: str = "") -> None:
+        body = await asyncio.to_thread(self._versions.write, version, adapter)
+        blob = await asyncio.to_thread(self.blobs.put, body)
+        async with self._lock:
+            await self._record(Published(version, blob, folded, llm))
+
     def status(self) -> Status:
-        if self._author is not None:
-            done = crosslm.finished(self._author.settings, self.state)
-        elif self._distiller is not None:
-            done = fedcollm.finished(self._distiller.settings, self.state)
-        elif self._tutor is not None:
-            done = fedmkt.finished(self._tutor.settings, self.state)
-        else:
-            done = lpfl.finished(self._settings.lpfl, self.state)
-        return coordinator.status(self.state, self._settings.system, done)
+        return coordinator.status(self.state, self._settings.system, self._run.finished(self.state))
 
     async def _record(self, event: Event) -> None:
         """On disk first, then in memory, also when the caller is cancelled in between; the caller holds the lock."""
@@ -479,8 +377,18 @@ class Ledger:
             raise
 
     async def _write(self, event: Event) -> None:
-        await asyncio.to_thread(self._log.append, msgspec.json.encode(event))
+        try:
+            await asyncio.to_thread(self._log.append, msgspec.json.encode(event))
+        except DataError:
+            if self._log.lost:
+                self.lost.set()
+            raise
         self.state = coordinator.apply(self.state, event)
+        if self._log.newest % self._snapshot_every == 0:
+            try:
+                await asyncio.to_thread(snapshots.take, self._log, self.state)
+            except DataError as error:  # the event is on disk, and only that was promised
+                log.warning("no snapshot: %s", error)
 
     def _averaged(self, adapter: str, batch: tuple[Buffered, ...], how: LpFl) -> dict[str, Array]:
         buffer = (self._contribution(waiting) for waiting in batch)
@@ -493,49 +401,3 @@ class Ledger:
 
     def _adapter_of(self, blob: str) -> dict[str, Array]:
         return wire.unpack_adapter(self.blobs.get(blob), self._shapes)
-
-    def _publish_files(self, version: int, arrays: dict[str, Array]) -> None:
-        """Every version is a folder that PEFT can load."""
-        write_peft(self._version_folder(version), arrays, self.manifest.adapter, self.manifest.bundle.base)
-
-    def _mend_version(self) -> None:
-        body = self.blobs.get(self.state.adapter)
-        with contextlib.suppress(OSError):
-            if self._version_bytes(self.state.version) == body:
-                return
-        self._publish_files(self.state.version, wire.unpack_adapter(body, self._shapes))
-
-    def _version_bytes(self, version: int) -> bytes:
-        return (self._version_folder(version) / "adapter_model.safetensors").read_bytes()
-
-    def _version_folder(self, version: int) -> Path:
-        return self._data / "versions" / f"{version:04d}"
-
-
-def _run_of(path: Path, settings: RunSettings, manifest: Manifest, others: Mapping[str, Manifest]) -> str:
-    """The run's id: made with the folder, and only for these settings and these bundles."""
-    now = json.loads(msgspec.json.encode({"settings": settings, "manifest": manifest, "others": others, "protocol": PROTOCOL}))
-    if path.exists():
-        try:
-            known = json.loads(path.read_bytes())
-            run = str(known.pop("run"))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise SettingsError(f"{path} is damaged ({error}); restore it, or use another --data folder") from error
-        if different := list(_differences(now, known)):
-            some = ", ".join(different[:3])
-            raise SettingsError(
-                f"{path.parent} holds a run with other settings or another bundle ({some}); use another --data folder"
-            )
-        return run
-    run = uuid.uuid4().hex
-    files.write(path, json.dumps({"run": run, **now}, indent=1).encode())
-    return run
-
-
-def _differences(a: object, b: object, path: str = "") -> Iterator[str]:
-    """Dotted names of what differs between two JSON values."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in sorted(a.keys() | b.keys()):
-            yield from _differences(a.get(name), b.get(name), f"{path}.{name}" if path else name)
-    elif a != b:
-        yield path

@@ -14,6 +14,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import EdgeError, SettingsError
 from edge_sdk.protocol import PROTOCOL, Manifest
 from edge_sdk.tasks import Task
+from edge_server.robust import Krum, Median, TrimmedMean
 from edge_server.systems import fedcollm
 from edge_server.systems.crosslm import CrossLm
 from edge_server.systems.fedcollm import FedCoLlm
@@ -70,8 +71,8 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise SettingsError("crosslm needs a task with labels, and crosslm.names one name for each, or none")
         if self.system == "fedcollm" and self.fedcollm is None:
             raise SettingsError('system = "fedcollm" needs a table [fedcollm] with at least `auxiliary`')
-        if self.system == "fedmkt" and (self.fedmkt is None or not self.task.labels):
-            raise SettingsError('system = "fedmkt" needs a table [fedmkt] with at least `public`, and a task with labels')
+        if self.system == "fedmkt" and self.fedmkt is None:
+            raise SettingsError('system = "fedmkt" needs a table [fedmkt] with at least `public`')
         if (averaged := self.averaged) is None:
             return
         if self.adapter.freeze_a and averaged.average == "products":
@@ -84,6 +85,9 @@ class RunSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError(
                 "factors of different ranks have no mean: with adapter.min_rank set lpfl.average to products, or adapter.freeze_a"
             )
+
+        if isinstance(averaged.rule, Median | TrimmedMean | Krum) and (self.adapter.min_layers or self.adapter.min_rank):
+            raise SettingsError("lpfl.rule compares updates of one shape: leave adapter.min_layers and min_rank at 0")
 
     @property
     def averaged(self) -> LpFl | None:
@@ -117,7 +121,9 @@ def load(path: Path, system: str | None = None) -> RunSettings:
 def manifest(settings: RunSettings, bundle: Bundle) -> Manifest:
     """What devices are told. Raises: SettingsError: the adapter's modules or layers are not in the bundle."""
     adapter, task = settings.adapter, settings.task
-    if settings.system == "fedmkt":  # each kind of model is asked in its own words
+    if task.answer_tokens and bundle.kind != "decoder":
+        raise SettingsError("an encoder cannot write: a task with answer_tokens needs decoders")
+    if settings.system == "fedmkt" and task.labels:  # each kind of model is asked in its own words
         task = bundle.task
         if task.labels != settings.task.labels:
             raise SettingsError(f"a bundle's labels are {', '.join(task.labels)}, the run's {', '.join(settings.task.labels)}")

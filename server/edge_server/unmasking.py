@@ -11,11 +11,12 @@ of it: two different lists of survivors for one cohort, after a crash, end it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from edge_sdk.cohort import Advertise, Delivery, Masked, Reveal, Roster, Shares, Survivors, Terms
 from edge_sdk.errors import WireError
@@ -44,8 +45,7 @@ def _nobody() -> Mapping[str, T]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Cohort:
+class Cohort(msgspec.Struct, frozen=True, tag="cohort"):
     """A cohort on its way; answers by device.
 
     Args:
@@ -56,14 +56,13 @@ class Cohort:
     terms: Terms
     deadline: float
     phase: Phase = "advertise"
-    adverts: Mapping[str, Advertise] = field(default_factory=_nobody)
-    shares: Mapping[str, Shares] = field(default_factory=_nobody)
-    uploads: Mapping[str, str] = field(default_factory=_nobody)
-    reveals: Mapping[str, Reveal] = field(default_factory=_nobody)
+    adverts: Mapping[str, Advertise] = msgspec.field(default_factory=_nobody)
+    shares: Mapping[str, Shares] = msgspec.field(default_factory=_nobody)
+    uploads: Mapping[str, str] = msgspec.field(default_factory=_nobody)
+    reveals: Mapping[str, Reveal] = msgspec.field(default_factory=_nobody)
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """A cohort nothing can come of any more."""
 
     cohort: str

@@ -13,6 +13,7 @@ import msgspec
 from edge_sdk.adapters import AdapterSpec
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import SettingsError
+from edge_sdk.protocol import Text
 from edge_sdk.tasks import Example, Task
 
 
@@ -184,7 +185,46 @@ class Distil(msgspec.Struct, frozen=True, tag="distil"):
     seed: int
 
 
-Job = Write | Tune | Label | Foresee | Distil
+class Describe(msgspec.Struct, frozen=True, tag="describe"):
+    """How the LLM spells answers."""
+
+
+class Tell(msgspec.Struct, frozen=True, tag="tell"):
+    """What the LLM says of public answers, `k` tokens a position: the file `out` (`edge_sdk.knowledge.pack`)."""
+
+    adapter: str
+    out: str
+    public: tuple[Text, ...]
+    k: int
+
+
+class Answers(msgspec.Struct, frozen=True, array_like=True):
+    """A device's judgment of public answers, the file `body`, and how its model spells them: see `edge_sdk.exchange.Voice`."""
+
+    body: str
+    tokenizer: str
+    task: Task
+    end: int | None
+
+
+class Study(msgspec.Struct, frozen=True, tag="study"):
+    """Learns public answers from what devices say of them, from the file `adapter` ("" for one that changes nothing) to `out`.
+
+    What is not of these answers, or of another model than is said, is left out. Of `tuning` only the steps, their size and
+    the rate are of use.
+    """
+
+    adapter: str
+    out: str
+    public: tuple[Text, ...]
+    heard: tuple[Answers, ...]
+    k: int
+    label_weight: float
+    tuning: Tuning
+    seed: int
+
+
+Job = Write | Tune | Label | Foresee | Distil | Describe | Tell | Study
 
 
 class Texts(msgspec.Struct, frozen=True, tag="texts"):
@@ -217,13 +257,35 @@ class Distilled(msgspec.Struct, frozen=True, tag="distilled"):
     seconds: float
 
 
+class Described(msgspec.Struct, frozen=True, tag="described"):
+    """The LLM's `tokenizer.json`, and the token that closes its answers."""
+
+    tokenizer: str
+    end: int | None
+
+
+class Told(msgspec.Struct, frozen=True, tag="told"):
+    """The share of the public answers' tokens that the LLM finds likeliest."""
+
+    right: float
+
+
+class Studied(msgspec.Struct, frozen=True, tag="studied"):
+    """The mean loss, how many devices' judgments could be read, and the share of answers that one of them says better."""
+
+    loss: float
+    heard: int
+    taught: float
+    seconds: float
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The job cannot be done, and would fail again."""
 
     reason: str
 
 
-Outcome = Texts | Tuned | Scores | Perplexity | Distilled | Failed
+Outcome = Texts | Tuned | Scores | Perplexity | Distilled | Described | Told | Studied | Failed
 
 
 class Slm(msgspec.Struct, frozen=True):

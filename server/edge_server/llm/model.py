@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from torch.nn import functional as F
 from edge_sdk.adapters import Array, Arrays, mismatch, shapes_of
 from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
+from edge_sdk.exchange import POSITIONS, Voice
 from edge_sdk.tasks import Task
 from edge_sdk.tokens import Ids, PromptEncoder, by_length, by_tokens
 from edge_sdk.training import base, losses
-from edge_sdk.training.batches import epochs
+from edge_sdk.training.batches import Answer, Row, TopTokens, epochs
 from edge_server.llm.jobs import Lessons, LlmSettings, Tuning
 from edge_server.llm.writing import continuations
 
@@ -72,7 +74,7 @@ class Llm:
         self._vocabulary: Tensor = self._model.lm_head.weight
         self._first = self._tokenizer.bos_token_id if getattr(self._tokenizer, "add_bos_token", False) else None
         self._before, self._after = (self._ids(part) for part in (settings.pattern or task.pattern).split("{text}"))
-        self._max_tokens = task.max_tokens
+        self._task, self._max_tokens = task, task.max_tokens
         words = [self._ids(word) for word in settings.words or [word[0] for word in task.verbalizer]]
         if any(len(ids) != 1 for ids in words):
             raise DataError("the LLM says one token for each class: llm.words, or the task's verbalizer, must be such")
@@ -139,6 +141,19 @@ class Llm:
         """Scores of every token at each position from `starts` on, all sequences' one after the other, (tokens, V)."""
         rows = zip(self._over(cache, sequences), sequences, starts, strict=True)
         return torch.cat([states[start - 1 : len(ids) - 1] for states, ids, start in rows]) @ self._vocabulary.T
+
+    def answer_losses(self, rows: Sequence[Row], cache: Frozen) -> Tensor:
+        """The loss of each row's answer, (n,), the mean over its tokens; differentiable."""
+        states = zip(self._over(cache, [row.ids for row in rows]), rows, strict=True)
+        own = [(s, row.ids, row.target) for s, row in states if isinstance(row.target, Answer | TopTokens)]
+        return torch.stack([losses.answer(s, self._vocabulary, ids, target).mean() for s, ids, target in own])
+
+    @cached_property
+    def voice(self) -> Voice:
+        """How it spells the answers of its task, where these are texts."""
+        first = [] if self._first is None else [self._first]
+        encoder = PromptEncoder(self._tokenizer.backend_tokenizer.to_str(), first, (), POSITIONS, self._task)
+        return Voice(encoder, self._tokenizer.eos_token_id)
 
     def speaks(self, encoder: PromptEncoder) -> bool:
         """Whether its tokens are those of this encoder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -14,10 +15,15 @@ import msgspec
 from safetensors.numpy import load_file, save
 
 from edge_sdk import bundle as bundles
-from edge_sdk import files
+from edge_sdk import exchange, files, knowledge
 from edge_sdk.engines import open_engine
-from edge_sdk.errors import DataError, EdgeError
+from edge_sdk.errors import DataError, EdgeError, WireError
+from edge_sdk.exchange import Voice
+from edge_sdk.knowledge import Knowledge, Sheet
+from edge_sdk.tokens import PromptEncoder
 from edge_server.llm.jobs import (
+    Describe,
+    Described,
     Distil,
     Distilled,
     Failed,
@@ -28,7 +34,11 @@ from edge_server.llm.jobs import (
     Outcome,
     Perplexity,
     Scores,
+    Studied,
+    Study,
+    Tell,
     Texts,
+    Told,
     Tune,
     Tuned,
     Write,
@@ -98,6 +108,8 @@ def do(models: Models, job: Job) -> Outcome:
     llm, began = models.llm, time.perf_counter()
     if isinstance(job, Distil):
         return _distil(models, job)
+    if isinstance(job, Describe):
+        return Described(llm.voice.encoder.tokenizer.to_str(), llm.voice.end)
     llm.set(load_file(job.adapter) if job.adapter else None)
     match job:
         case Write(prompts=prompts, counts=counts, sampling=sampling):
@@ -113,6 +125,36 @@ def do(models: Models, job: Job) -> Outcome:
             return Scores(tuple(tuple(map(float, row)) for row in llm.logits(labelled)))
         case Foresee(texts=foreseen):
             return Perplexity(llm.perplexity(foreseen))
+        case Tell() | Study():
+            return _over_answers(llm, job)
+
+
+def _over_answers(llm: Llm, job: Tell | Study) -> Told | Studied:
+    from edge_server.llm import study
+
+    began = time.perf_counter()
+    if isinstance(job, Tell):
+        known, right = study.tell(llm, job.public, job.k)
+        files.write(Path(job.out), knowledge.pack(known, exchange.sheet(llm.voice, job.public)))
+        return Told(right)
+    if not job.adapter:
+        llm.set(llm.start(job.seed))
+    voices: dict[tuple[str, int | None], tuple[Voice, Sheet]] = {}
+    heard = []
+    for answers in job.heard:
+        if (key := (answers.tokenizer, answers.end)) not in voices:
+            voice = Voice(PromptEncoder(Path(answers.tokenizer), (), (), exchange.POSITIONS, answers.task), answers.end)
+            voices[key] = voice, exchange.sheet(voice, job.public)
+        voice, sheet = voices[key]
+        with contextlib.suppress(WireError):  # of a model that the device had before, or of other answers
+            heard.append((voice, _known(Path(answers.body).read_bytes(), sheet, job.k)))
+    loss, taught = study.study(llm, job.public, heard, job.k, job.label_weight, job.tuning, job.seed)
+    files.write(Path(job.out), save(llm.get()))
+    return Studied(loss, len(heard), taught, time.perf_counter() - began)
+
+
+def _known(body: bytes, sheet: Sheet, k: int) -> list[Knowledge]:
+    return knowledge.unpack_judgment(body, lambda _: sheet, knowledge.plain_limit(sheet, k), k)[1]
 
 
 def _distil(models: Models, job: Distil) -> Distilled:

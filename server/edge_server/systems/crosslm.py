@@ -145,7 +145,7 @@ def due(settings: CrossLm, state: State, now: float) -> Step | None:
 def averaged(settings: CrossLm, state: State) -> tuple[Buffered, ...]:
     """The updates that the next version is made from; the LLM may still be learning from the last sheet meanwhile."""
     then = _afterwards(settings)
-    return lpfl.due(then, state) if then is not None and state.version >= settings.versions else ()
+    return lpfl.averaged(then, state) if then is not None and state.version >= settings.versions else ()
 
 
 def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Work:

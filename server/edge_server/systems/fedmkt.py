@@ -7,7 +7,7 @@
     device:  of S_0 what says a label better than the device itself, and so on
 
 The paper goes through clients, server and clients in strict order. Here a device that stays away delays nobody: what it said last
-counts until it is too old. Tasks with labels only so far, so that models of any kind take part.
+counts until it is too old. Labels are spoken of as classes, so that models of any kind take part; texts token by token.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from edge_sdk.adapters import AdapterSpec, Array
 from edge_sdk.errors import SettingsError
-from edge_sdk.protocol import Finished, Lesson, Predict, Train, Wait, Work
+from edge_sdk.protocol import MAX_K, Finished, Lesson, Predict, Train, Wait, Work
 from edge_sdk.training.batches import Training
-from edge_server.coordinator import Ballot, Device, State
+from edge_server.coordinator import Ballot, Buffered, Device, State
 from edge_server.llm.jobs import LlmSettings
 
 
@@ -28,11 +29,12 @@ class FedMkt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of a run.
 
     Args:
-        public: labelled texts that all have (D_p): a file of JSON lines with text and label. A relative path is one beside the
-            run's file.
+        public: labelled texts that all have (D_p): a file of JSON lines with text and label, which is the answer where answers
+            are texts. A relative path is one beside the run's file.
         versions: how often devices are asked and the LLM learns.
         answers: of devices, after which it does. deadline_seconds: after asking, with at least one answer.
         max_staleness: for how many versions what an absent device said last still counts.
+        top_k: where answers are texts, how many of the likeliest tokens are told at each position.
         alone: a device's steps on its own labels, before the LLM has said anything. training: with its lesson.
         batch_size: public texts in each step. label_weight: lambda, of their labels; the rest is the teacher's.
         passes, llm_batch_size, learning_rate: of the LLM over the public texts, for each version.
@@ -46,6 +48,7 @@ class FedMkt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     answers: int = 4
     deadline_seconds: float = 3600.0
     max_staleness: int = 2
+    top_k: int = 16
     alone: Training = Training(steps=32, batch_size=8, learning_rate=5e-4, dropout=0.2)
     training: Training = Training(steps=24, batch_size=8, learning_rate=5e-4, dropout=0.2)
     batch_size: int = 8
@@ -64,6 +67,8 @@ class FedMkt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("fedmkt.versions and answers must be at least 1, max_staleness and seed not negative")
         if not 0 <= self.label_weight <= 1 or not 1 <= self.batch_size <= 4096 or not 1 <= self.llm_batch_size <= 4096:
             raise SettingsError("fedmkt.label_weight must be in [0, 1], batch_size and llm_batch_size 1 to 4096")
+        if not 1 <= self.top_k <= MAX_K:
+            raise SettingsError(f"fedmkt.top_k must be 1 to {MAX_K}")
         if not 1 <= self.passes <= 10_000 or not 0 < self.learning_rate <= 1:
             raise SettingsError("fedmkt.passes must be 1 to 10000, learning_rate in (0, 1]")
         if not 0 < self.wait_seconds < math.inf or not 0 < self.deadline_seconds < math.inf:
@@ -111,6 +116,16 @@ def due(settings: FedMkt, state: State, now: float) -> Step | None:
     return Learn(number) if len(last.ballots) >= settings.answers or late else None
 
 
+def start(settings: FedMkt, spec: AdapterSpec) -> dict[str, Array]:
+    """The first adapter of a model: one that changes nothing."""
+    return spec.start(settings.seed)
+
+
+def averaged(_: FedMkt, __: State) -> tuple[Buffered, ...]:
+    """Nothing: what devices learn stays with them."""
+    return ()
+
+
 def heard(settings: FedMkt, state: State, number: int) -> list[tuple[int, Ballot]]:
     """What counts: of each device the newest answer that is not too old, and the sheet it is about."""
     newest: dict[str, tuple[int, Ballot]] = {}
@@ -135,7 +150,7 @@ def plan(settings: FedMkt, state: State, device: Device, can_train: bool, start:
         return Train(version, start, settings.training, None, seed, share=False, lesson=lesson)
     if number >= 0 and not state.sheets[number].judged and device.judged < number:
         sheet = state.sheets[number]
-        return Predict(number, start, sheet.texts, sheet.size, sheet.count, "probabilities")
+        return Predict(number, start, sheet.texts, sheet.size, sheet.count, "probabilities", settings.top_k)
     if version >= settings.versions:
         return Finished(version, "")
     return Wait(settings.wait_seconds)

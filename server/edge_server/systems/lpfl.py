@@ -17,15 +17,17 @@ from typing import Literal
 import msgspec
 
 from edge_sdk.adapters import AdapterSpec, Array, Arrays
+from edge_sdk.codec import Encoding
 from edge_sdk.cohort import Terms
 from edge_sdk.errors import SettingsError
 from edge_sdk.protocol import Evaluate, Finished, Train, Wait, Work
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.training.batches import Training
-from edge_server import coordinator
+from edge_server import coordinator, robust
 from edge_server.aggregation import Contribution, fedbuff, products
 from edge_server.cohorts import Secure
 from edge_server.coordinator import Buffered, Device, State
+from edge_server.robust import Mean, Median, Rule, TrimmedMean
 
 
 class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,6 +42,12 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         average: `factors`: A and B each on its own, as the paper does; all devices train one rank, unless A is frozen.
             `products`: what they do, BA; devices may train different ranks.
         max_examples: an update counts for at most this many examples, whatever it claims.
+        clip_norm: an update is scaled down to at most so many times the median size of those a version is made from; 0 for never.
+            Honest ones lie close together, since a step of AdamW is as long as its rate: in the demo within 1.06 times.
+        rule: which of the updates a version is made from: all (`mean`, or `norm_bounded`, a tighter `clip_norm`), or those that
+            agree (`median`, `trimmed_mean`, `krum`), each counted once, whatever its examples and staleness; see `robust.py`.
+        upload: how the numbers of an update travel: `int8` takes a quarter of the bytes, and what it loses comes with the next
+            update of the device.
         wait_seconds: how long an idle device waits before it asks again.
         evaluate_every: devices measure every n-th version, the first and the last; 0 for the last only.
         secure: average without seeing any single update (secure averaging, docs/systems/fedcollm.md); a version is then made of
@@ -55,6 +63,9 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     server_lr: float = 1.0
     average: Literal["factors", "products"] = "factors"
     max_examples: int = 10_000
+    clip_norm: float = 3.0
+    rule: Rule = Mean()
+    upload: Encoding = "fp32"
     wait_seconds: float = 30.0
     evaluate_every: int = 1
     secure: Secure | None = None
@@ -68,9 +79,21 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if (secure := self.secure) is not None:
             if self.average != "factors":
                 raise SettingsError("lpfl.secure sums updates it cannot see, and products need each one: take factors")
+            if self.rule != Mean():
+                raise SettingsError("lpfl.secure hides single updates, and lpfl.rule looks at each: take one of the two")
+            if self.upload != "fp32":
+                raise SettingsError("lpfl.secure has an encoding of its own: leave lpfl.upload at fp32")
             Terms("check", self.buffer_size, secure.threshold, 1, secure.clip, secure.max_weight)
         if self.max_staleness < 0 or self.evaluate_every < 0 or self.seed < 0:
             raise SettingsError("lpfl.max_staleness, lpfl.evaluate_every and lpfl.seed must not be negative")
+        if not 0 <= self.clip_norm < math.inf or 0 < self.clip_norm < 1:
+            raise SettingsError("lpfl.clip_norm must be at least 1, or 0 for never: half of all updates are above the median")
+        if self.buffer_size < (fewest := robust.fewest(self.rule)):
+            raise SettingsError(f"lpfl.rule can choose among {fewest} updates or more: lpfl.buffer_size is {self.buffer_size}")
+        if self.average == "products" and isinstance(self.rule, Median | TrimmedMean):
+            raise SettingsError("lpfl.rule goes by single numbers of A and B, which products turn: take factors, or krum")
+        if self.average == "products" and self.upload == "int8":
+            raise SettingsError("lpfl.upload int8 makes up for losses later, and products turn A and B: take factors, or fp16")
         if not 0 < self.wait_seconds < math.inf or not 0 < self.server_lr < math.inf:
             raise SettingsError("lpfl.wait_seconds and lpfl.server_lr must be positive and finite")
 
@@ -90,19 +113,23 @@ def plan(settings: LpFl, state: State, device: Device, can_train: bool) -> Work:
     if device.trained >= state.version or not can_train:
         return Wait(settings.wait_seconds)
     seed, masked = settings.seed + 1 + state.version, settings.secure is not None
-    return Train(state.version, state.adapter, settings.training, settings.soft, seed, masked=masked, share=not masked)
+    how = settings.training, settings.soft, seed
+    return Train(state.version, state.adapter, *how, masked=masked, share=not masked, upload=settings.upload)
 
 
-def due(settings: LpFl, state: State) -> tuple[Buffered, ...]:
+def averaged(settings: LpFl, state: State) -> tuple[Buffered, ...]:
     """The updates the next version is made from; none after the last version, however many late ones come in."""
     return () if state.version >= settings.versions else coordinator.due(state, settings.buffer_size)
 
 
 def step(settings: LpFl, spec: AdapterSpec, adapter: Arrays, buffer: Iterable[Contribution]) -> dict[str, Array]:
-    """The next version's adapter."""
+    """The next version's adapter, of the updates as `clip_norm` and `rule` leave them."""
+    updates = list(buffer)
+    updates = robust.bounded(updates, settings.clip_norm) if settings.clip_norm else updates
+    updates = robust.apply(settings.rule, updates, spec)
     if settings.average == "products":
-        return products(adapter, spec, buffer, settings.server_lr, cap=settings.max_examples)
-    return fedbuff(adapter, buffer, settings.server_lr, cap=settings.max_examples)
+        return products(adapter, spec, updates, settings.server_lr, cap=settings.max_examples)
+    return fedbuff(adapter, updates, settings.server_lr, cap=settings.max_examples)
 
 
 def finished(settings: LpFl, state: State) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from immutables import Map
 
 from edge_sdk.cohort import SEALED, SHARE, Advertise, Masked, Reveal, Shares, Terms
 from edge_sdk.cohort import Answer as Said
@@ -86,7 +87,7 @@ AT_3 = replay(*AT_3_EVENTS)
 
 def test_a_fresh_run_has_nothing() -> None:
     """Before the first event there is no version, no device and no update."""
-    assert State() == State(-1, (), (), {}, {}, ())
+    assert State() == State(-1, (), (), Map(), Map(), Map())
 
 
 def test_an_accepted_update_waits_for_the_next_version() -> None:
@@ -95,16 +96,16 @@ def test_an_accepted_update_waits_for_the_next_version() -> None:
 
     assert (state.version, state.adapter) == (0, "a0")
     assert state.buffer == (Buffered("blob-u1", 7, 0, 0),)
-    assert state.devices == {"d1": Device("one", trained=0, updates=1, uploaded_bytes=123), "d2": Device("two")}
-    assert state.receipts == {"u1": Receipt("u1", 0)}
-    assert state.measurements == (Measurement("update", "d1", 0, 7, {"loss": 0.5}),)
+    assert dict(state.devices) == {"d1": Device("one", trained=0, updates=1, uploaded_bytes=123), "d2": Device("two")}
+    assert dict(state.receipts) == {"u1": Receipt("u1", 0)}
+    assert dict(state.measurements) == {0: Measurement("update", "d1", 0, 7, {"loss": 0.5})}
 
 
 def test_a_receipt_tells_the_newest_version() -> None:
     """A device that is behind learns from its receipt how far the server is."""
     state = replay(*AT_3_EVENTS, accepted("u1", "d1", 1), Evaluated("e1", "d1", 2, 20, {}))
 
-    assert state.receipts == {"u1": Receipt("u1", 3), "e1": Receipt("e1", 3)}
+    assert dict(state.receipts) == {"u1": Receipt("u1", 3), "e1": Receipt("e1", 3)}
 
 
 def test_updates_and_bytes_of_a_device_add_up() -> None:
@@ -120,7 +121,7 @@ def test_an_evaluation_joins_no_buffer() -> None:
 
     assert state.buffer == ()
     assert state.devices["d2"] == Device("two", evaluated=0)
-    assert state.measurements == (Measurement("evaluation", "d2", 0, 20, {"accuracy": 0.75}),)
+    assert dict(state.measurements) == {0: Measurement("evaluation", "d2", 0, 20, {"accuracy": 0.75})}
 
 
 def test_apply_leaves_the_old_state_alone() -> None:
@@ -258,7 +259,7 @@ def test_a_new_name_keeps_the_past() -> None:
 
 
 def test_status_is_the_state_as_an_operator_sees_it() -> None:
-    """Devices in order of enrolment, counts and every measurement."""
+    """Devices by name, counts and every measurement."""
     state = replay(Published(0, "a0", 0), Enrolled("d2", "two"), Enrolled("d1", "one"), accepted("u1", "d1", 0))
 
     assert coordinator.status(state, "lpfl", False) == Status(
@@ -267,7 +268,7 @@ def test_status_is_the_state_as_an_operator_sees_it() -> None:
         "a0",
         1,
         False,
-        (DeviceStatus("d2", "two", 0, 0), DeviceStatus("d1", "one", 1, 100)),
+        (DeviceStatus("d1", "one", 1, 100), DeviceStatus("d2", "two", 0, 0)),
         (Measurement("update", "d1", 0, 10, {"loss": 0.5}),),
     )
 
@@ -303,9 +304,9 @@ def test_a_training_that_stays_is_counted() -> None:
 
     assert state == replace(
         AT_0,
-        devices={**AT_0.devices, "d1": Device("one", trained=0)},
-        receipts={"k1": Receipt("k1", 0)},
-        measurements=(Measurement("kept", "d1", 0, 7, {"loss": 0.5}),),
+        devices=AT_0.devices.set("d1", Device("one", trained=0)),
+        receipts=Map({"k1": Receipt("k1", 0)}),
+        measurements=Map({0: Measurement("kept", "d1", 0, 7, {"loss": 0.5})}),
     )
 
 
@@ -322,11 +323,11 @@ def test_a_judgment_is_a_ballot_of_its_sheet() -> None:
     state = replay(*AT_0_EVENTS, written(0), judged("j2", "d2", 0, size=20), judged("j1", "d1", 0, size=30))
 
     assert state.sheets[0].ballots == (Ballot("d2", "blob-j2"), Ballot("d1", "blob-j1"))
-    assert state.devices == {
+    assert dict(state.devices) == {
         "d1": Device("one", judged=0, uploaded_bytes=30),
         "d2": Device("two", judged=0, uploaded_bytes=20),
     }
-    assert state.receipts == {"j2": Receipt("j2", 0), "j1": Receipt("j1", 0)}
+    assert dict(state.receipts) == {"j2": Receipt("j2", 0), "j1": Receipt("j1", 0)}
     assert state.measurements[1] == Measurement("judgment", "d1", 0, 10, {"accuracy": 0.75})
 
 
@@ -461,11 +462,11 @@ def test_only_masked_vectors_count_as_updates() -> None:
     """An operator sees one update a device and the bytes of its vector, not of its keys."""
     state = replay(*OPENED_EVENTS, *ALL_ANSWERS)
 
-    assert state.devices == {
+    assert dict(state.devices) == {
         "d1": Device("one", updates=1, uploaded_bytes=100),
         "d2": Device("two", updates=1, uploaded_bytes=90),
     }
-    assert (state.receipts, state.measurements, state.buffer, state.version) == ({}, (), (), 0)
+    assert (len(state.receipts), len(state.measurements), state.buffer, state.version) == (0, 0, (), 0)
 
 
 def test_a_published_version_ends_its_cohort() -> None:

@@ -5,7 +5,6 @@ when, by table and for devices in any order.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from immutables import Map
 
 from edge_sdk import softlabels, wire
 from edge_sdk.errors import SettingsError
@@ -161,7 +161,7 @@ def at(*sheets: Sheet, tuned: int = 0, devices: tuple[Device, ...] = ()) -> Stat
     """A run with these sheets, whose LLM has learned from `tuned`."""
     decided = [i for i, sheet in enumerate(sheets) if sheet.judged]
     version = len(decided)
-    known = MappingProxyType({f"d{i}": device for i, device in enumerate(devices)})
+    known = Map({f"d{i}": device for i, device in enumerate(devices)})
     adapters = ("a",) * (version + 1)
     return State(version, adapters, (), known, sheets=sheets, tuned=("llm",) * tuned, feed=tuple(decided))
 
@@ -379,6 +379,6 @@ def test_after_the_last_sheet_devices_average() -> None:
     over = replace(state, version=4, adapters=("a",) * 5)
     assert crosslm.plan(THEN, over, Device("x", trained=3), can_train=True) == Evaluate(4, "a")
     assert crosslm.plan(THEN, over, Device("x", trained=3, evaluated=4), can_train=True) == Finished(4, "a")
-    assert not crosslm.finished(THEN, replace(over, devices=MappingProxyType({"x": Device("x", trained=3)})))
+    assert not crosslm.finished(THEN, replace(over, devices=Map({"x": Device("x", trained=3)})))
     idle = {"x": Device("x", evaluated=4), "y": Device("only enrolled")}
-    assert crosslm.finished(THEN, replace(over, devices=MappingProxyType(idle)))
+    assert crosslm.finished(THEN, replace(over, devices=Map(idle)))

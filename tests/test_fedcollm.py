@@ -10,13 +10,13 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from immutables import Map
 from safetensors.numpy import load_file, save_file
 
 from edge_sdk import wire
@@ -54,7 +54,7 @@ devices = st.builds(Device, st.just("x"), trained=st.integers(-1, 6), evaluated=
 def at(version: int, *known: Device, buffered: int = 0) -> State:
     buffer = tuple(Buffered(f"b{i}", 1, 0, 0) for i in range(buffered))
     adapters = tuple(f"a{v}" for v in range(version + 1))
-    return State(version, adapters, buffer, MappingProxyType({f"d{i}": device for i, device in enumerate(known)}))
+    return State(version, adapters, buffer, Map({f"d{i}": device for i, device in enumerate(known)}))
 
 
 def test_devices_train_on_labels_alone() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from immutables import Map
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -169,7 +169,7 @@ DONE = replace(OPEN, ballots=(Ballot("d0", "b0"),), judged="lines", acceptance=0
 def at(*sheets: Sheet, tuned: int = 0, devices: tuple[Device, ...] = ()) -> State:
     """A run with these sheets, whose LLM has learned from `tuned`."""
     version = sum(bool(sheet.judged) for sheet in sheets)
-    known = MappingProxyType({f"d{i}": device for i, device in enumerate(devices)})
+    known = Map({f"d{i}": device for i, device in enumerate(devices)})
     return State(version, ("a",) * (version + 1), (), known, sheets=sheets, tuned=("llm",) * tuned)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from immutables import Map
 
 from edge_sdk.errors import SettingsError
 from edge_sdk.protocol import Evaluate, Finished, Train, Wait
@@ -31,7 +31,7 @@ devices = st.builds(Device, st.just("x"), trained=st.integers(-1, 9), evaluated=
 def at(version: int, *devices: Device, buffered: int = 0) -> State:
     buffer = tuple(Buffered(f"b{i}", 1, 0, 0) for i in range(buffered))
     adapters = tuple(f"a{v}" for v in range(version + 1))
-    return State(version, adapters, buffer, MappingProxyType({f"d{i}": device for i, device in enumerate(devices)}))
+    return State(version, adapters, buffer, Map({f"d{i}": device for i, device in enumerate(devices)}))
 
 
 def test_a_device_measures_before_it_trains() -> None:

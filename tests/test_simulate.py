@@ -234,14 +234,14 @@ def test_every_accepted_update_is_used_once_or_waits(
 
 
 @pytest.mark.slow
-def test_ten_thousand_devices_take_less_than_two_minutes() -> None:
+def test_ten_thousand_devices_take_less_than_half_a_minute() -> None:
     """Each of them trains at least once."""
     began = time.process_time()
     found = play(changed(buffer_size=500, versions=40), Fleet(10_000))
 
     assert found[-1].uploads >= 20_000
     assert len({device for version in found for device, _ in version.made_of}) > 9_000
-    assert time.process_time() - began < 120
+    assert time.process_time() - began < 30
 
 
 # The command ----------------------------------------------------------------------------------------------------------

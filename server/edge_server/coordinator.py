@@ -13,11 +13,11 @@ Rules kept here and nowhere else:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import msgspec
+from immutables import Map
 
 from edge_sdk.cohort import Advertise, Answer, Masked, Reveal, Shares, Terms
 from edge_sdk.errors import WireError
@@ -195,7 +195,6 @@ class Device:
     judged: int = -1
     updates: int = 0
     uploaded_bytes: int = 0
-    sent: tuple[str, ...] = ()  # blobs, which no device may read
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,10 @@ class Sheet:
 class State:
     """The whole run; `version` is -1 until the first adapter is published, and `adapters` names that of every version.
 
+    What grows with every event is in persistent maps, of which a changed copy costs as much as the change.
+
     Args:
+        receipts: by update. measurements: by their number, from 0 on. sent: which device sent a blob, which no device may read.
         sheets: synthetic texts, in the order they were written.
         tuned: the LLM's adapters, one for each sheet it has learned from, or for each version made beside it.
         feed: what the feed of synthetic data is made of, in order: a decided sheet's number, or a withdrawn sample's id.
@@ -237,9 +239,10 @@ class State:
     version: int = -1
     adapters: tuple[str, ...] = ()
     buffer: tuple[Buffered, ...] = ()
-    devices: Mapping[str, Device] = field(default_factory=lambda: MappingProxyType({}))
-    receipts: Mapping[str, Receipt] = field(default_factory=lambda: MappingProxyType({}))
-    measurements: tuple[Measurement, ...] = ()
+    devices: Map[str, Device] = field(default_factory=Map)
+    receipts: Map[str, Receipt] = field(default_factory=Map)
+    measurements: Map[int, Measurement] = field(default_factory=Map)
+    sent: Map[str, str] = field(default_factory=Map)
     sheets: tuple[Sheet, ...] = ()
     tuned: tuple[str, ...] = ()
     feed: tuple[int | str, ...] = ()
@@ -289,9 +292,9 @@ def _after_update(state: State, event: Accepted) -> State:
     sender = state.devices[event.device]
     trained, uploaded = max(sender.trained, event.version), sender.uploaded_bytes + event.size
     sender = replace(sender, trained=trained, updates=sender.updates + 1, uploaded_bytes=uploaded)
-    sender = replace(sender, sent=(*sender.sent, event.blob))
     waiting = Buffered(event.blob, event.num_examples, state.version - event.version, event.version)
-    return replace(_heard(state, "update", event, sender), buffer=(*state.buffer, waiting))
+    state = replace(_heard(state, "update", event, sender), buffer=(*state.buffer, waiting))
+    return _with_blob(state, event.device, event.blob)
 
 
 def _after_writing(state: State, event: Writing) -> State:
@@ -302,8 +305,8 @@ def _after_writing(state: State, event: Writing) -> State:
         case Judged():
             sender, sheet = state.devices[event.device], state.sheets[event.sheet]
             judged, uploaded = max(sender.judged, event.sheet), sender.uploaded_bytes + event.size
-            sender = replace(sender, judged=judged, uploaded_bytes=uploaded, sent=(*sender.sent, event.blob))
-            state = _heard(state, "judgment", event, sender)
+            state = _heard(state, "judgment", event, replace(sender, judged=judged, uploaded_bytes=uploaded))
+            state = _with_blob(state, event.device, event.blob)
             return _with_sheet(state, event.sheet, replace(sheet, ballots=(*sheet.ballots, Ballot(event.device, event.blob))))
         case Decided(number, judged, samples, acceptance):
             sheet = replace(state.sheets[number], judged=judged, samples=samples, acceptance=acceptance)
@@ -324,7 +327,7 @@ def _after_masking(state: State, event: Masking) -> State:
         case Answered(said, blob, size, at):
             sender = state.devices[said.device]
             sender = replace(sender, uploaded_bytes=sender.uploaded_bytes + size, updates=sender.updates + bool(blob))
-            sender = replace(sender, sent=(*sender.sent, blob)) if blob else sender
+            state = _with_blob(state, said.device, blob) if blob else state
             cohort = _answered(_cohort(state), said, blob, state.keys)
             return _with_cohort(_with_device(state, said.device, sender), unmasking.advance(cohort, at, state.seconds))
         case Ticked(at):
@@ -362,7 +365,7 @@ def check_signer(device: str, signer: str | None) -> None:
 
 def is_private(state: State, blob: str) -> bool:
     """Whether a device has sent this blob. None of what devices read can be one: a sent one names its device inside."""
-    return any(blob in device.sent for device in state.devices.values())
+    return blob in state.sent
 
 
 def accept(state: State, update: Update, id: str, blob: str, size: int, max_staleness: int) -> Accepted | Receipt:
@@ -472,12 +475,14 @@ def due(state: State, buffer_size: int) -> tuple[Buffered, ...]:
 
 def status(state: State, system: str, finished: bool) -> Status:
     """The run as an operator sees it."""
-    devices = tuple(DeviceStatus(id, d.name, d.updates, d.uploaded_bytes) for id, d in state.devices.items())
+    known = sorted(state.devices.items(), key=lambda item: (item[1].name, item[0]))
+    devices = tuple(DeviceStatus(id, d.name, d.updates, d.uploaded_bytes) for id, d in known)
+    measured = tuple(state.measurements[i] for i in range(len(state.measurements)))
     sheets = tuple(
         SheetStatus(s.count, len(s.ballots), s.samples if s.judged else -1, s.acceptance if s.judged else -1.0)
         for s in state.sheets
     )
-    return Status(system, state.version, state.adapter, len(state.buffer), finished, devices, state.measurements, sheets)
+    return Status(system, state.version, state.adapter, len(state.buffer), finished, devices, measured, sheets)
 
 
 def _cohort(state: State) -> Cohort:
@@ -513,7 +518,11 @@ def _check_version(state: State, version: int) -> None:
 
 
 def _with_device(state: State, id: str, device: Device) -> State:
-    return replace(state, devices=MappingProxyType({**state.devices, id: device}))
+    return replace(state, devices=state.devices.set(id, device))
+
+
+def _with_blob(state: State, device: str, blob: str) -> State:
+    return replace(state, sent=state.sent.set(blob, device))
 
 
 def _with_sheet(state: State, number: int, sheet: Sheet) -> State:
@@ -526,6 +535,6 @@ def _heard(state: State, kind: str, event: Accepted | Evaluated | Kept | Judged,
     measured = Measurement(kind, event.device, version, event.num_examples, event.metrics)
     return replace(
         _with_device(state, event.device, sender),
-        receipts=MappingProxyType({**state.receipts, event.id: Receipt(event.id, state.version)}),
-        measurements=(*state.measurements, measured),
+        receipts=state.receipts.set(event.id, Receipt(event.id, state.version)),
+        measurements=state.measurements.set(len(state.measurements), measured),
     )

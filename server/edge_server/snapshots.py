@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import msgspec
+from immutables import Map
 
 from edge_sdk import cohort, protocol
 from edge_server import coordinator, unmasking
@@ -36,7 +37,7 @@ def encode(state: State) -> bytes:
 
 def decode(body: bytes) -> State:
     """Raises: msgspec.MsgspecError: this is no state."""
-    return msgspec.json.decode(body, type=State)
+    return msgspec.json.decode(body, type=State, dec_hook=_persistent)
 
 
 def take(log: EventLog, state: State) -> None:
@@ -65,6 +66,13 @@ def _newest(log: EventLog) -> tuple[int, State]:
 
 
 def _plain(value: Any) -> Mapping[Any, Any]:
-    if isinstance(value, MappingProxyType):
+    if isinstance(value, MappingProxyType | Map):
         return dict(value)
     raise NotImplementedError(f"a state holds no {type(value).__name__}")
+
+
+def _persistent(kind: Any, value: Any) -> Map[Any, Any]:
+    if get_origin(kind) is not Map:
+        raise NotImplementedError(f"a state holds no {kind}")
+    key, of = get_args(kind)
+    return Map(msgspec.convert(value, dict[key, of], str_keys=True))

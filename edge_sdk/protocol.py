@@ -258,7 +258,7 @@ class Judgment(Message, frozen=True, tag="judgment", tag_field="result"):
 Result = Update | Judgment | Evaluation | Trained
 
 
-class Text(Message, frozen=True):
+class Text(Message, frozen=True, omit_defaults=True):
     """One line of a sheet: a synthetic text to be judged, and the class it was written for; or a public text and its answer."""
 
     id: str

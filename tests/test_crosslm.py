@@ -319,7 +319,7 @@ def test_every_run_ends(can_train: list[bool], versions: int, judges: int, avera
     assert over == set(devices)
     assert crosslm.finished(run, state)
     last = versions + averaged - (averaged > 0)  # the last average is not trained on
-    assert [device.trained for device in state.devices.values()] == [last if able else -1 for able in can_train]
+    assert [state.devices[device].trained for device in devices] == [last if able else -1 for able in can_train]
     assert all(1 <= len(sheet.ballots) <= max(judges, 1) for sheet in state.sheets)
     assert (state.version, len(state.sheets), len(state.tuned)) == (versions + averaged, versions, versions)
     assert state.buffer == ()

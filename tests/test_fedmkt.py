@@ -333,7 +333,7 @@ def test_every_run_ends(can_train: list[bool], versions: int, answers: int, orde
     assert steps == [kind(number) for number in range(versions) for kind in (AskAll, Learn, Say)]
     assert over == set(devices)
     assert fedmkt.finished(run, state)
-    assert [device.trained for device in state.devices.values()] == [versions if able else -1 for able in can_train]
+    assert [state.devices[device].trained for device in devices] == [versions if able else -1 for able in can_train]
     assert (state.version, len(state.sheets), len(state.tuned)) == (versions, versions, versions)
     assert all(sheet.ballots for sheet in state.sheets)
 

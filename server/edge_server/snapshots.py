@@ -74,5 +74,5 @@ def _plain(value: Any) -> Mapping[Any, Any]:
 def _persistent(kind: Any, value: Any) -> Map[Any, Any]:
     if get_origin(kind) is not Map:
         raise NotImplementedError(f"a state holds no {kind}")
-    key, of = get_args(kind)
-    return Map(msgspec.convert(value, dict[key, of], str_keys=True))
+    plain: Any = dict
+    return Map(msgspec.convert(value, plain[get_args(kind)], str_keys=True))

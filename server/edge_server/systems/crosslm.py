@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
+from immutables import Map
 
 from edge_sdk.adapters import AdapterSpec, Array
 from edge_sdk.errors import SettingsError
@@ -175,7 +176,7 @@ def finished(settings: CrossLm, state: State) -> bool:
     done = len(state.tuned) >= settings.versions
     if then := _afterwards(settings):
         there = {id: d for id, d in state.devices.items() if max(d.trained, d.judged, d.evaluated) >= 0}
-        return done and lpfl.finished(then, replace(state, devices=there))
+        return done and lpfl.finished(then, replace(state, devices=Map(there)))
     return done and all(d.trained >= settings.versions or d.trained < 0 for d in state.devices.values())
 
 

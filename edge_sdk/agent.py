@@ -66,6 +66,8 @@ START = "start.safetensors"  # the global adapter, where the device's own is ano
 MAX_SHEET = 1 << 24  # bytes of a sheet of texts, or of what the LLM says of them
 MAX_TOKENIZER = 1 << 26  # bytes: one of 262,144 tokens has 33 MB
 PAGE = 500  # lines of the feed asked for at a time
+MAX_FEED_LINES = 200_000  # that a device reads of one run's feed
+MAX_FEED = 1 << 26  # bytes of it that a device keeps
 CHECKPOINT = "training.safetensors"
 LESSON = "lesson.jsonl"  # the public texts of the last lesson, or what names its parts:
 SHEET, KNOWLEDGE, TEACHER = "sheet.jsonl", "knowledge.bin", "teacher.json"  # texts, what the LLM says, and its tokenizer
@@ -442,10 +444,18 @@ class Agent:
                 raise
 
     async def _catch_up(self) -> None:
-        """Fetches what is new in the feed of synthetic data, and drops what was withdrawn."""
+        """Fetches what is new in the feed of synthetic data, and drops what was withdrawn.
+
+        Raises:
+            WireError: it has gaps, or is longer than a device reads and keeps.
+        """
         while lines := await self._api.synthetic(self._store.cursor, PAGE):
             if [line.seq for line in lines] != list(range(self._store.cursor + 1, self._store.cursor + 1 + len(lines))):
                 raise WireError("bad-message", "the feed of synthetic data has gaps, or comes again")
+            size = await asyncio.to_thread(self._store.feed_size) + sum(len(wire.encode(line)) for line in lines)
+            if lines[-1].seq > MAX_FEED_LINES or size > MAX_FEED:
+                limits = f"{MAX_FEED_LINES} lines, or {MAX_FEED} bytes"
+                raise WireError("too-large", f"the feed of synthetic data has more than a device takes: {limits}")
             await asyncio.to_thread(self._store.take_lines, lines)
 
     async def _lesson(self, lesson: Lesson | None, task: Task) -> list[Sample] | Heard:

@@ -162,6 +162,11 @@ class Store:
         """The last line of the feed that this device has; 0 before the first."""
         return int(self.fact(CURSOR) or 0)
 
+    def feed_size(self) -> int:
+        """Bytes of the samples of the feed that this device keeps."""
+        with self._lock:
+            return int(self._db.execute("SELECT total(length(line)) FROM synthetic").fetchone()[0])
+
     def synthetic(self, until: int) -> list[Sample]:
         """The samples of the feed up to a line, oldest first, without those withdrawn since."""
         with self._lock:

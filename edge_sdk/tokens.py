@@ -14,9 +14,13 @@ from edge_sdk.tasks import Task
 
 Ids = list[int]
 
+UNSEEN = "\U0010fffd"  # for private use, so that no vocabulary has it
+
 
 class PromptEncoder:
     """Tokenizes prompts exactly as the bundle says they start and end.
+
+    The operator's pattern may spell control tokens ([SEP], <|im_end|>); everywhere else they are characters like any others.
 
     Args:
         tokenizer: path of a `tokenizer.json`, or what is in it.
@@ -36,8 +40,11 @@ class PromptEncoder:
         self._tokenizer.no_padding()
         before, after = task.pattern.split("{text}")
         self._ends_in_space = task.pattern[-1:].isspace()
+        self._controls: frozenset[int] = frozenset()
         self._before = [*prefix, *self._plain(before)]
         self._after = [*self._plain(after), *suffix]
+        self._tokenizer.encode_special_tokens = True
+        self._controls = controls(self._tokenizer)
         self._prefix, self._suffix = list(prefix), list(suffix)
         self._positions, self._verbalizer, self._answer_tokens = positions, task.verbalizer, task.answer_tokens
         self.labels = task.labels
@@ -48,7 +55,10 @@ class PromptEncoder:
             raise DataError(f"the pattern leaves no room for text: this model reads {positions} tokens; make it shorter")
 
     def _plain(self, text: str) -> Ids:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+        return self._without(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+
+    def _without(self, ids: Sequence[int]) -> Ids:
+        return [token for token in ids if token not in self._controls]
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text inside the pattern; the text is cut, the pattern never.
@@ -61,7 +71,7 @@ class PromptEncoder:
 
     def _encode(self, texts: list[str]) -> list[Ids]:
         try:
-            return [list(e.ids) for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+            return [self._without(e.ids) for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
         except TypeError as error:
             raise DataError("a text holds characters that are no Unicode (lone surrogates); clean it first") from error
 
@@ -103,7 +113,7 @@ class PromptEncoder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """It neither cuts nor pads."""
+        """It neither cuts nor pads, and reads control tokens as characters."""
         return self._tokenizer
 
     def words(self) -> list[Ids]:
@@ -155,6 +165,14 @@ def _unknown(tokenizer: Tokenizer) -> int | None:
     """The id that stands for whatever the vocabulary lacks, where the tokenizer has one."""
     name = getattr(tokenizer.model, "unk_token", None)
     return tokenizer.token_to_id(name) if name else None
+
+
+def controls(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that no text may become, spelled or not: a unigram model finds its control tokens even where they are read as
+    characters. What stands for unknown characters is none of them."""
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    unseen = tokenizer.encode(UNSEEN, add_special_tokens=False).ids
+    return frozenset(special - {_unknown(tokenizer), *unseen})
 
 
 def pad(sequences: Sequence[Ids]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -65,14 +65,8 @@ class HttpTransport:
     """
 
     def __init__(self, server: str, timeout: float = 60.0, ca: Path | None = None, bearer: str = "") -> None:
-        if not server.startswith(("http://", "https://")):
-            server = f"http://{server}"
-        self._server = server.rstrip("/")
-        try:
-            known = urlsplit(self._server).hostname
-        except ValueError:
-            known = None
-        if not known:
+        self._server = _url(server).rstrip("/")
+        if not _has_host(self._server):
             raise SettingsError(f"{server!r} is not a server's URL, e.g. http://192.168.1.5:8440")
         if ca is not None and not self._server.startswith("https://"):
             raise SettingsError(f"a certificate was given, but {self._server} is not an https:// URL")
@@ -135,6 +129,22 @@ def _trusting(ca: Path) -> ssl.SSLContext:
         raise SettingsError(f"{ca} is no PEM file of certificates ({error.strerror or error})") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
+
+
+def _url(server: str) -> str:
+    """With a scheme; "" where it has another one, or is a bare word."""
+    if server.startswith(("http://", "https://")):
+        return server
+    bare = server.partition("/")[0]
+    return f"http://{server}" if "://" not in server and (bare == "localhost" or "." in bare or ":" in bare) else ""
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no such port, or half an IPv6 address
+        return False
 
 
 def _append(path: Path, chunk: bytes) -> None:

@@ -26,6 +26,8 @@ from edge_sdk.softlabels import SoftLabels, SoftSet
 from edge_sdk.tasks import Example, Private, accuracy, sharpen, softmax
 from edge_sdk.training.batches import Answer, Classes, Guess, Job, Label, Row, Source, Training
 
+NO_LABELS = "this device has no labelled text; add some with `edge-agent add`"
+
 
 class Fits(Protocol):
     """Runs a job to its end; `edge_sdk.training.learner.Learner`."""
@@ -86,7 +88,7 @@ def prepare(
         DataError: no text with a label or an answer, or a sample of another task.
     """
     if not private.labelled:
-        raise DataError("this device has no labelled text; add some with `edge-agent add`")
+        raise DataError(NO_LABELS)
     sources = [Source(private_rows(private.labelled, engine), training.batch_size)]
     metrics: Metrics = {}
     if soft is not None and (count := softlabels.size(soft, version, len(private.unlabelled))):
@@ -184,15 +186,17 @@ def judge(
     """What this device makes of synthetic texts: how many labels it rests on, its accuracy, the classes it has, the answer.
 
     Raises:
-        DataError: a text was written for a class that this task does not have.
+        DataError: no labelled text, so nothing to judge by; or a text was written for a class that this task does not have.
     """
+    covers = tuple(sorted({e.label for e in private.labelled if e.label is not None}))
+    if not covers:
+        raise DataError(NO_LABELS)
     classes = len(engine.encoder.labels)
     if any(not 0 <= text.label < classes for text in sheet):
         raise DataError("a synthetic text was written for a class that this task does not have")
     _, metrics = evaluate(adapter, spec, private, engine)
     engine.set_adapter(Adapter(adapter, spec))
     probabilities = softmax(engine.logits([text.text for text in sheet]))
-    covers = tuple(sorted({e.label for e in private.labelled if e.label is not None}))
     return len(private.labelled), metrics, covers, encode(probabilities, [text.label for text in sheet], form)
 
 

@@ -229,7 +229,8 @@ def judgment(
 ) -> bytes:
     """The body a device sends for a sheet."""
     written = [text.label for text in texts]
-    message = Judgment(device, number, more.pop("num_examples", 10), more.pop("metrics", {"accuracy": 0.9}), **more)
+    counts, metrics, covers = more.pop("num_examples", 10), more.pop("metrics", {"accuracy": 0.9}), more.pop("covers", (0, 1))
+    message = Judgment(device, number, counts, metrics, covers, **more)
     return wire.pack_judgment(message, encode(answers(texts, kind), written, form))
 
 

@@ -15,7 +15,20 @@ import pytest
 from edge_sdk import EdgeDevice
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import Adapter, AdapterSpec, add
-from edge_sdk.agent import ADAPTER, CHECKPOINT, HIDDEN, PAGE, SPEED, START, Agent, Models, bundle_folder, kept_adapter
+from edge_sdk.agent import (
+    ADAPTER,
+    CHECKPOINT,
+    HIDDEN,
+    MAX_FEED,
+    MAX_FEED_LINES,
+    PAGE,
+    SPEED,
+    START,
+    Agent,
+    Models,
+    bundle_folder,
+    kept_adapter,
+)
 from edge_sdk.codec import Encoding
 from edge_sdk.eligibility import Conditions, Policy
 from edge_sdk.errors import DataError, SettingsError, WireError
@@ -39,7 +52,7 @@ from edge_sdk.protocol import (
 )
 from edge_sdk.session import PAUSE_AFTER_FAILED_WORK
 from edge_sdk.softlabels import SoftLabels
-from edge_sdk.store import WORK, Parcel, Store
+from edge_sdk.store import CURSOR, WORK, Parcel, Store
 from edge_sdk.testing import ServerSimulator
 from edge_sdk.training.batches import Training
 from edge_sdk.training.depth import Limits
@@ -1321,6 +1334,29 @@ async def test_a_device_can_use_the_feed_and_nothing_else(world: World) -> None:
     assert [s.seq for s in second] == [2, 4]
     assert world.server.results == []
     assert not (world.cache / "bundles").exists()
+
+
+async def test_a_feed_without_end_is_refused(world: World) -> None:
+    """A device reads so many lines of a run's feed, and keeps what it has."""
+    world.store.set_fact(CURSOR, str(MAX_FEED_LINES - 1))
+    world.server.feed = [Withdrawal(i, "s") for i in range(1, MAX_FEED_LINES + 2)]
+    with pytest.raises(WireError, match=r"too-large: .* 200000 lines"):
+        await world.agent().synthetic()
+    assert world.store.cursor == MAX_FEED_LINES - 1
+    world.server.feed.pop()
+    await world.agent().synthetic()
+    assert world.store.cursor == MAX_FEED_LINES
+
+
+async def test_a_feed_that_would_fill_the_disk_is_refused(world: World) -> None:
+    """A device keeps so many bytes of a run's feed; what is withdrawn makes room."""
+    world.server.feed = [sample(i, "\U0001f600" * 10_000) for i in range(1, 4 * PAGE + 1)]  # 40 kB each
+    with pytest.raises(WireError, match=r"too-large: .* 67108864 bytes"):
+        await world.agent().synthetic()
+    assert world.store.cursor == 3 * PAGE
+    assert 3 * PAGE * 40_000 < world.store.feed_size() <= MAX_FEED
+    world.store.take_lines([Withdrawal(3 * PAGE + 1, "s1")])
+    assert world.store.feed_size() == sum(len(encode(line)) for line in world.server.feed[1 : 3 * PAGE])
 
 
 async def test_a_server_that_has_no_feed_any_more_is_asked_for_work(world: World) -> None:

@@ -21,7 +21,7 @@ from edge_server.author import Author
 from edge_server.compute import JobFailed
 from edge_server.coordinator import Enrolled, Judged, Published, State, Withdrawn, Written
 from edge_server.knowledge.filters import Filter
-from edge_server.llm.jobs import Label, Perplexity, Texts, Tune, Tuning, Write
+from edge_server.llm.jobs import Label, LlmSettings, Perplexity, Texts, Tune, Tuning, Write
 from edge_server.storage import Blobs
 from edge_server.systems import crosslm
 from edge_server.systems.crosslm import DecideSheet, TuneLlm, WriteSheet
@@ -103,6 +103,18 @@ async def test_a_sheet_holds_what_passed_the_filters(tmp_path: Path) -> None:
     assert event == Written(0, event.texts, event.drafts, len(desk.blobs.get(event.texts)), 3, "", {**event.dropped}, 1000.0)
     assert event.dropped == {"short": 1, "leak": 1, "duplicate": 1}
     assert [(t.text, t.label) for t in desk.sheet()] == [("it was gloomy", 0), ("was it a happy", 1), ("it was so happy", 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"), [(("sad", "glad"), ["was it bad"]), ((), ["was it bad", "oh it was bad", "so sad a day"])]
+)
+async def test_no_text_says_what_its_label_is_called_anywhere(tmp_path: Path, names: tuple[str, ...], kept: list[str]) -> None:
+    """Neither as the prompts call it nor as devices do; where prompts have the task's own names, these alone were asked for."""
+    desk = Desk(tmp_path, names=names)
+    desk.llm.troubles.append(Texts((("was it bad", "oh it was bad", "so sad a day", "a negative day"), ()), 0.0))
+    await desk.do(WriteSheet(0))
+
+    assert [text.text for text in desk.sheet()] == kept
 
 
 async def test_a_sheet_repeats_no_earlier_one(tmp_path: Path) -> None:
@@ -242,7 +254,8 @@ async def test_a_run_goes_on_where_there_is_nothing_to_learn(tmp_path: Path, tun
     desk = Desk(tmp_path, tuning=tuning)
     await desk.do(WriteSheet(0))
     kept = desk.blobs.get(desk.state.sheets[0].drafts)
-    nothing = wire.pack_judgment(Judgment("d1", 0, 0, {}), np.zeros((8, 2), np.uint8))
+    aside = np.array([[0, 0] if text.label else [255, 0] for text in desk.sheet()], np.uint8)  # answers where it has no say
+    nothing = wire.pack_judgment(Judgment("d1", 0, 10, {}, (1,)), aside)
     desk.vote("d1", nothing if tuning == Tuning() else judgment("d1", 0, desk.sheet()))
     await desk.do(DecideSheet(0))
     event = await desk.do(TuneLlm(0))
@@ -292,13 +305,40 @@ async def test_an_answer_that_means_nothing_is_refused(tmp_path: Path) -> None:
     desk = Desk(tmp_path, form="agree")
     await desk.do(WriteSheet(0))
     for value, fine in ((3, True), (4, False), (255, False)):
-        body = wire.pack_judgment(Judgment("d1", 0, 10, {}), np.full((8, 1), value, np.uint8))
+        body = wire.pack_judgment(Judgment("d1", 0, 10, {}, (0, 1)), np.full((8, 1), value, np.uint8))
         if fine:
             assert desk.author.read(body, desk.state).device == "d1"
         else:
             with pytest.raises(WireError, match="none of the four") as refused:
                 desk.author.read(body, desk.state)
             assert (refused.value.code, refused.value.status) == ("bad-message", 400)
+
+
+async def test_without_labels_there_is_no_vote(tmp_path: Path) -> None:
+    """A device that covers no class has nothing to judge by: it does not judge everything."""
+    desk = Desk(tmp_path)
+    await desk.do(WriteSheet(0))
+    with pytest.raises(WireError, match="covers no class") as refused:
+        desk.votes("honest", num_examples=0, covers=())
+
+    assert refused.value.code == "bad-message"
+    assert desk.state.sheets[0].ballots == ()
+
+
+@pytest.mark.parametrize(("answered", "fine"), [(8, True), (4, True), (3, False), (0, False)])
+async def test_who_says_nothing_ends_no_sheet(tmp_path: Path, answered: int, fine: bool) -> None:
+    """At least half of the texts must be answered, or the judgment is not taken in."""
+    desk = Desk(tmp_path)
+    await desk.do(WriteSheet(0))
+    answer = np.full((8, 2), 100, np.uint8)
+    answer[answered:] = 0
+    body = wire.pack_judgment(Judgment("d1", 0, 10, {}, (0, 1)), answer)
+    if fine:
+        assert desk.author.read(body, desk.state).device == "d1"
+    else:
+        with pytest.raises(WireError, match="fewer than half") as refused:
+            desk.author.read(body, desk.state)
+        assert refused.value.code == "bad-message"
 
 
 # The feed -------------------------------------------------------------------------------------------------------------
@@ -335,12 +375,13 @@ def test_the_feed_is_numbered_and_only_grows(
 
 async def test_an_endpoint_writes_and_the_llm_learns(tmp_path: Path) -> None:
     """With a writer of its own, sheets come from it and name no adapter; the LLM is still tuned and still a judge."""
-    desk = Desk(tmp_path)
+    desk = Desk(tmp_path, llm=LlmSettings(model="simulated", endpoint="http://127.0.0.1:9/v1", endpoint_model="theirs"))
     writer = helpers.Simulator()
     desk.author = replace(desk.author, writer=writer)
     await desk.whole_sheet(0)
     await desk.whole_sheet(1)
 
+    assert {line.model for line in desk.feed() if isinstance(line, Sample)} == {"theirs"}
     assert [type(job) for job in writer.jobs] == [Write, Write]
     assert {sheet.adapter for sheet in desk.state.sheets} == {""}
     assert all(desk.state.tuned)
@@ -351,7 +392,7 @@ async def test_an_endpoint_writes_and_the_llm_learns(tmp_path: Path) -> None:
 
 async def test_a_sample_says_where_it_comes_from(tmp_path: Path) -> None:
     """Label by name, what the judges think, and which LLM with which adapter wrote it; read through the wire it is the same."""
-    desk = Desk(tmp_path)
+    desk = Desk(tmp_path, llm=LlmSettings(model="simulated", endpoint_model="nobody's"))  # there is no endpoint
     await desk.whole_sheet(0)
     await desk.whole_sheet(1)
     desk.apply(Withdrawn("gone"))

@@ -229,6 +229,15 @@ def test_what_a_device_does_next(state: State, device: Device, can_train: bool, 
     assert crosslm.plan(RUN, state, device, can_train) == work
 
 
+@pytest.mark.parametrize("feed", [(0,), (0, "0-a", "0-b", "0-c")], ids=["nothing was good", "everything was withdrawn"])
+def test_a_feed_without_texts_is_none(feed: tuple[int | str, ...]) -> None:
+    """Then devices learn as they do alone: the rate for judged texts is too much for labels alone."""
+    state = at(replace(DONE, samples=3 if len(feed) > 1 else 0))
+    work = crosslm.plan(RUN, replace(state, feed=feed), Device("x"), can_train=True)
+
+    assert work == msgspec.structs.replace(LEARN_0, version=1)
+
+
 def test_a_withdrawal_is_a_line_to_learn_from() -> None:
     """Devices ask for the feed up to its last line, withdrawals included, so that they drop what is withdrawn."""
     state = replace(at(DONE), feed=(0, "0-a"))

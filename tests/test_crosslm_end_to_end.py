@@ -187,7 +187,7 @@ def test_the_server_dies_while_the_llm_works(house: House) -> None:
 
 
 def test_the_feed_by_http(house: House) -> None:
-    """An unchanged page is not sent again, a wrong query is a problem, and pages are compressed for who wants it."""
+    """An unchanged page is not sent again, and a wrong query is a problem."""
     _, address = house.serve()
     with urlopen(f"{address}/v1/synthetic", timeout=10) as answer:  # noqa: S310  # our own server
         etag = answer.headers["ETag"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import msgspec
 import pytest
 import pytest_asyncio
 from aiohttp import web
@@ -19,9 +22,11 @@ from aiohttp.test_utils import TestServer
 
 from edge_sdk.assets import MODELS, resolve
 from edge_sdk.engines import Sampling
+from edge_sdk.errors import SettingsError
 from edge_server.compute import JobFailed
-from edge_server.endpoint import MAX_ANSWER, Endpoint
+from edge_server.endpoint import MAX_ANSWER, Endpoint, writer
 from edge_server.llm.jobs import Label, LlmSettings, Texts, Write
+from edge_server.systems.crosslm import CrossLm
 
 WRITE = Write("", ("the film was", "a day"), (3, 2), Sampling(6, 1.0, 0.9, 1))
 SERVER = all(importlib.util.find_spec(name) for name in ("llama_cpp", "uvicorn", "sse_starlette", "starlette_context"))
@@ -29,10 +34,13 @@ SERVER = all(importlib.util.find_spec(name) for name in ("llama_cpp", "uvicorn",
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def endpoint(url: object, timeout: float = 5.0, tries: int = 2) -> Endpoint:
-    return Endpoint(
-        LlmSettings(endpoint=f"{str(url).rstrip('/')}/v1", endpoint_model="tiny", timeout_seconds=timeout, tries=tries)
-    )
+def settings(url: object, timeout: float = 5.0, key: str = "") -> LlmSettings:
+    where = f"{str(url).rstrip('/')}/v1"
+    return LlmSettings(endpoint=where, endpoint_model="tiny", endpoint_seconds=timeout, endpoint_key=key, tries=2)
+
+
+def endpoint(url: object, timeout: float = 5.0) -> Endpoint:
+    return Endpoint(settings(url, timeout))
 
 
 @pytest_asyncio.fixture
@@ -67,6 +75,81 @@ async def test_what_is_asked_and_what_is_made_of_it(serve: Callable[[Answer], Aw
     assert len({request["seed"] for request in asked}) == 5
     assert asked[0].keys() == {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop"}
     assert (asked[0]["model"], asked[0]["max_tokens"], asked[0]["stop"]) == ("tiny", 6, ['"', "\n"])
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "text"),
+    [
+        ('A fine film." she said. "And', "length", "A fine film."),
+        ("A fine film.\nNext one", "length", "A fine film."),
+        ("A fine film. The other was", "length", "A fine film."),
+        ("A fine film. I loved it", "stop", "A fine film. I loved it"),
+        (" no end ", None, "no end"),
+    ],
+)
+async def test_a_text_ends_where_its_quotation_does(
+    serve: Callable[[Answer], Awaitable[object]], said: str, finish: str | None, text: str
+) -> None:
+    """Whether the server heeds `stop` or not; what it cut short keeps its whole sentences."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"choices": [{"text": said, "finish_reason": finish}]})
+
+    written = await endpoint(await serve(answer)).run(WRITE)
+
+    assert isinstance(written, Texts)
+    assert written.texts == ((text,) * 3, (text,) * 2)
+
+
+async def test_the_key_is_sent_and_told_to_nobody(serve: Callable[[Answer], Awaitable[object]]) -> None:
+    """It comes from the environment and goes to the endpoint, not to where that sends us, nor into what is said or kept."""
+    keys = []
+
+    async def answer(request: web.Request) -> web.Response:
+        keys.append(request.headers.get("Authorization"))
+        raise web.HTTPTemporaryRedirect("/v1/completions")
+
+    made = writer(settings(await serve(answer), key="SOME_KEY"), {"SOME_KEY": " secret\n"})
+    assert made is not None
+    with pytest.raises(JobFailed, match="answered 307, 2 times") as failed:
+        await made.run(Write("", ("a",), (1,), Sampling(6)))
+
+    assert keys == ["Bearer secret"] * 2
+    assert "secret" not in f"{failed.value} {made!r} {msgspec.json.encode(made.settings)!r}"
+
+
+@pytest.mark.parametrize("environment", [{}, {"SOME_KEY": " "}, {"SOME_KEY": "a\nb"}, {"SOME_KEY": "\u00e4"}])
+def test_a_key_that_is_not_there_is_asked_for(environment: dict[str, str]) -> None:
+    """By the variable's name, when the server starts; a run without an endpoint needs none."""
+    with pytest.raises(SettingsError, match=r"SOME_KEY .* set it"):
+        writer(settings("http://127.0.0.1:9", key="SOME_KEY"), environment)
+    assert writer(LlmSettings(endpoint_key="SOME_KEY"), environment) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"endpoint": "127.0.0.1:8000/v1"},
+        {"endpoint": "ftp://127.0.0.1/v1"},
+        {"endpoint": "http:///v1"},
+        {"endpoint": "http://127.0.0.1:99999/v1"},
+        {"endpoint": "http://me:word@127.0.0.1/v1"},
+        {"endpoint_seconds": 0.0},
+        {"endpoint_seconds": math.inf},
+        {"endpoint_key": "sk-not-a-name"},
+    ],
+)
+def test_an_endpoint_out_of_bounds(wrong: dict[str, Any]) -> None:
+    """Said when the file is read, without what may be a password or a key."""
+    with pytest.raises(SettingsError, match=f"llm.{next(iter(wrong))} must be ") as refused:
+        LlmSettings(**wrong)
+    assert not any(secret in str(refused.value) for secret in ("me:word", "sk-not"))
+
+
+def test_a_run_says_which_model_writes() -> None:
+    """Every sample of the feed names it."""
+    with pytest.raises(SettingsError, match=r"crosslm\.llm\.endpoint_model"):
+        CrossLm(("a {label} day",), llm=LlmSettings(endpoint="http://127.0.0.1:9/v1"))
 
 
 async def _refuse(_: web.Request) -> web.Response:

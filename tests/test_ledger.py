@@ -658,10 +658,38 @@ async def test_a_withdrawn_sample_stays_withdrawn(tmp_path: Path) -> None:
     assert (refused.value.code, refused.value.status) == ("unknown-sample", 404)
     assert isinstance(first, Sample)
     assert feed[12:] == [Withdrawal(13, first.id)]
+    assert feed[0] == Withdrawal(1, first.id)  # its text is served to nobody any more
+
+
+async def test_a_text_that_is_being_judged_can_be_withdrawn(tmp_path: Path) -> None:
+    """It never reaches the feed, though judges may find it good."""
+    async with learning(tmp_path) as ledger:
+        await has_sheet(ledger, 0)
+        bad = sheet(ledger, 0)[0]
+        await ledger.withdraw(bad.id)
+        await learn(ledger)
+        feed = await ledger.synthetic(0, 100)
+
+    assert feed[0] == Withdrawal(1, bad.id)
+    assert bad.text not in {line.text for line in feed if isinstance(line, Sample)}
+    assert [line.seq for line in feed] == list(range(1, len(feed) + 1))
+
+
+async def test_what_is_the_servers_own_is_no_devices(tmp_path: Path) -> None:
+    """Sheets are there to be read; prompts, verdicts and the LLM's adapters are not, though the feed names the last."""
+    async with learning(tmp_path) as ledger:
+        await learn(ledger)
+        state = ledger.state
+        own = [*filter(None, state.tuned), *(blob for s in state.sheets for blob in (s.drafts, s.judged))]
+
+        assert len(set(own)) == 6
+        assert [blob for blob in own if ledger.public(blob) or not ledger.blobs.path(blob)] == []
+        assert all(ledger.public(blob) for blob in (state.adapter, *(s.texts for s in state.sheets)))
 
 
 async def test_old_sheets_leave_the_feed(tmp_path: Path) -> None:
-    """With one sheet retained, the first one's samples are withdrawn once the second is decided; a restart repeats nothing."""
+    """With one sheet retained, the first one's samples are withdrawn once the second is decided; nobody gets their text any
+    more, under their own numbers neither, and a restart repeats nothing."""
     run = with_llm(retain=1)
     async with learning(tmp_path, run=run) as ledger:
         await learn(ledger)
@@ -670,10 +698,10 @@ async def test_old_sheets_leave_the_feed(tmp_path: Path) -> None:
     async with learning(tmp_path, run=run) as again:
         assert await again.synthetic(0, 100) == feed
 
-    samples = [line for line in feed if isinstance(line, Sample)]
-    gone = [line.id for line in feed if isinstance(line, Withdrawal)]
-    assert gone == [sample.id for sample in samples if sample.version == 0]
-    assert len(gone) == 6
+    assert {line.version for line in feed if isinstance(line, Sample)} == {1}
+    assert [line.id for line in feed[:6]] == [line.id for line in feed[12:]]
+    assert all(isinstance(line, Withdrawal) for line in (*feed[:6], *feed[12:]))
+    assert all(line.id.startswith("0-") for line in feed[:6])
     assert [line.seq for line in feed] == list(range(1, 19))
 
 

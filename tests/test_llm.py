@@ -17,7 +17,8 @@ from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
 from edge_sdk.tokens import PromptEncoder
 from edge_server.llm.jobs import Good, Labelled, Lessons, LlmSettings, Pair, Tuning
-from edge_server.llm.model import Frozen, Llm, _contrast, _inside
+from edge_server.llm.model import Frozen, Llm, _contrast
+from edge_server.llm.quotation import inside
 from edge_server.llm.writing import choose, continuations
 from tests import factories, tiny
 
@@ -351,7 +352,7 @@ def test_what_does_not_fit_is_refused(llm: Llm, folder: Path) -> None:
 )
 def test_what_was_written_is_what_stands_in_the_quotation(written: str, text: str) -> None:
     """Up to the closing quote or the line's end, with its full stop; a text cut short keeps its whole sentences."""
-    assert _inside(written) == text
+    assert inside(written) == text
 
 
 def test_what_was_cut_short_does_not_teach_where_to_end(llm: Llm) -> None:
@@ -361,3 +362,14 @@ def test_what_was_cut_short_does_not_teach_where_to_end(llm: Llm) -> None:
 
     assert whole[0][-len(quote) :] == quote
     assert cut[0] == [*llm._ids("a day"), *llm._ids("it was")]
+
+
+def test_only_the_operator_can_say_control_tokens(llm: Llm) -> None:
+    """Pattern and prompts may hold them; texts that devices judge, learn from or hold may not."""
+    mark, text = llm._tokenizer.sep_token_id, "the film [SEP] was great"
+
+    assert mark in llm._ids(text, control=True)
+    assert mark not in llm._ids(text)
+    assert len(llm._ids(text)) == len(llm._ids(text, control=True)) + 2  # [, SEP, ]
+    assert mark not in llm.questions([text])[0]
+    assert [at for at, token in enumerate(llm._said(text, text)[0]) if token == mark] == [2]

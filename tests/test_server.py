@@ -48,7 +48,7 @@ from edge_sdk.protocol import (
 )
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import JSON_TYPE, JUDGMENT_TYPE, MASKED_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
-from edge_server import handlers
+from edge_server import cli, handlers
 from edge_server import ledger as ledgers
 from edge_server.cohorts import Secure
 from edge_server.compute import JobFailed
@@ -145,10 +145,10 @@ async def test_a_device_enrols_works_and_is_counted(tmp_path: Path) -> None:
     assert work == Train(0, start, run.lpfl.training, run.lpfl.soft, 1)
     assert [receipt.version for receipt in receipts] == [0, 0]
     assert (status.version, status.buffered, status.finished) == (1, 0, False)
-    assert [(device.id, device.updates, device.uploaded_bytes) for device in status.devices] == [
+    assert {(device.id, device.updates, device.uploaded_bytes) for device in status.devices} == {
         ("d1", 1, len(bodies[0])),
         ("d2", 1, len(bodies[1])),
-    ]
+    }
     assert [(m.kind, m.device, m.version, m.num_examples) for m in status.measurements] == [
         ("update", "d1", 0, 10),
         ("update", "d2", 0, 10),
@@ -708,8 +708,11 @@ async def test_a_page_that_has_not_changed_is_not_sent_again(decided: Running) -
     await post(decided, "/v1/synthetic/withdraw", encode(Withdraw((await feed(decided))[0].id)))
     grown = await decided.client.get("/v1/synthetic", headers={"If-None-Match": etag})
 
+    whatever = await decided.client.get("/v1/synthetic", headers={"If-None-Match": "*"})
+
+    assert etag.startswith('W/"')
     assert (again.status, await again.read(), again.headers["ETag"]) == (304, b"", etag)
-    assert [other.status, grown.status] == [200, 200]
+    assert [other.status, grown.status, whatever.status] == [200, 200, 304]
     assert grown.headers["ETag"] not in (etag, other.headers["ETag"])
 
 
@@ -722,7 +725,26 @@ async def test_a_page_is_compressed_for_who_wants_it(decided: Running) -> None:
 
         assert packed.headers["Content-Encoding"] == "gzip"
         assert "Content-Encoding" not in plain.headers
+        assert packed.headers["ETag"] == plain.headers["ETag"]  # weak: not the same bytes
+        assert packed.headers["Vary"] == plain.headers["Vary"] == "Accept-Encoding"
         assert gzip.decompress(await packed.read()) == await plain.read()
+
+
+async def test_the_feed_is_exported_to_a_file(decided: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it cannot be written one sentence says so, and nothing is left behind."""
+    (tmp_path / "folder").mkdir()
+    url = str(decided.client.make_url("/"))
+    codes = [
+        await asyncio.to_thread(cli.main, ["synthetic", "export", url, str(tmp_path / name)])
+        for name in ("feed.jsonl", "none/feed.jsonl", "folder", "feed.jsonl/x")
+    ]
+    said = capsys.readouterr().err.splitlines()
+
+    assert codes == [0, 2, 2, 2]
+    assert wire.unpack_lines((tmp_path / "feed.jsonl").read_bytes(), Sample) == await feed(decided)
+    cannot = f"edge-server: cannot write {tmp_path}/none/feed.jsonl: No such file or directory; name a file in a folder"
+    assert said[0].startswith(cannot)
+    assert not list(tmp_path.rglob("*.part"))  # noqa: ASYNC240  # a test may block
 
 
 async def test_a_sample_is_withdrawn_over_http(decided: Running) -> None:
@@ -761,7 +783,7 @@ async def test_a_run_without_an_llm_has_no_synthetic_data(
 
 def says(answer: NDArray[np.uint8] | None = None, **changes: Any) -> bytes:
     """A judgment of sheet 0 by d2 that is good but for these changes."""
-    fields = {"device": "d2", "version": 0, "num_examples": 10, "metrics": {"accuracy": 0.9}, **changes}
+    fields = {"device": "d2", "version": 0, "num_examples": 10, "metrics": {"accuracy": 0.9}, "covers": (0, 1), **changes}
     return wire.pack_judgment(Judgment(**fields), np.full((8, 2), 7, np.uint8) if answer is None else answer)
 
 
@@ -790,6 +812,8 @@ REFUSED_JUDGMENTS = [
     pytest.param(says(version=-1), "bad-message", 400, id="sheet -1"),
     pytest.param(says(covers=(2,)), "bad-message", 400, id="covers a class that is none"),
     pytest.param(says(covers=(-1,)), "bad-message", 400, id="covers class -1"),
+    pytest.param(says(covers=()), "bad-message", 400, id="covers nothing"),
+    pytest.param(says(np.zeros((8, 2), np.uint8)), "bad-message", 400, id="says nothing"),
     pytest.param(says(covers=(0,) * 65), "bad-message", 400, id="covers too much"),
     pytest.param(says(num_examples=-1), "bad-message", 400, id="negative examples"),
     pytest.param(says(metrics={"m" * 65: 0.0}), "bad-message", 400, id="a long metric"),

@@ -168,6 +168,14 @@ def test_the_status_of_a_server_that_is_down_is_exit_code_1(capsys: pytest.Captu
     assert said.err.endswith("is the server running?\n")
 
 
+@pytest.mark.parametrize("url", ["ftp://x", "nonsense"])
+@pytest.mark.parametrize("verb", [["status"], ["synthetic", "list"]])
+def test_a_url_that_is_none_is_exit_code_2(capsys: pytest.CaptureFixture[str], verb: list[str], url: str) -> None:
+    """It is named, with an example of one."""
+    assert cli.main([*verb, url]) == 2
+    assert capsys.readouterr().err == f"edge-server: '{url}' is not a server's URL, e.g. http://192.168.1.5:8440\n"
+
+
 def test_the_status_of_something_else_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     """A server that is not ours, or hangs up, is no status."""
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from edge_sdk.errors import DataError
 from edge_sdk.tasks import Task
@@ -71,6 +71,77 @@ def test_a_long_text_is_cut_and_the_pattern_is_not(tokenizer: Path) -> None:
 def test_a_text_cannot_play_pattern(tokenizer: Path) -> None:
     """A text that contains the placeholder is a text like any other."""
     assert encoder(tokenizer).prompts(["{text}"]) == [ids("[CLS] say : { text } it was [SEP]")]
+
+
+# Control tokens -------------------------------------------------------------------------------------------------------
+CONTROLS = ["<s>", "<|im_end|>", "[MASK]"]  # ids 0, 1 and 2
+TALK = "{text} [MASK] so"
+
+
+def byte_level() -> Tokenizer:
+    """Byte-level BPE, as SmolLM2 has it."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=CONTROLS, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["a film so good", "it was so bad"] * 9, trainer)
+    return made
+
+
+def unigram() -> Tokenizer:
+    """As XLM-R has it: the control tokens, and what stands for unknown characters, are pieces like any others."""
+    pieces = [*CONTROLS, "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz<>|[]_/ASMK"]
+    made = Tokenizer(models.Unigram([(piece, 0.0 if at < 4 else -2.0) for at, piece in enumerate(pieces)], unk_id=3))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.add_special_tokens([*CONTROLS, "<unk>"])
+    return made
+
+
+def talking(made: Tokenizer) -> PromptEncoder:
+    return PromptEncoder(made.to_str(), [], [], 600, Task((), TALK, (), max_tokens=512, answer_tokens=64))
+
+
+TALKERS = {made.__name__: (made(), talking(made())) for made in (byte_level, unigram)}
+texts = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(CONTROLS)), max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("kind", TALKERS)
+@given(text=texts)
+def test_no_text_becomes_a_control_token(kind: str, text: str) -> None:
+    """Whatever it spells, a text holds none; the pattern, which is the operator's, keeps its one."""
+    _, made = TALKERS[kind]
+    word = f"a{text}"
+
+    assert [token for token in made.prompts([text])[0] if token < 3] == [2]
+    assert not {0, 1, 2} & {token for row in (*made.plain([word]), *made.answers([word], None)) for token in row}
+    assert not {0, 1, 2} & set(made.description(text))
+
+
+@pytest.mark.parametrize("kind", TALKERS)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_other_texts_have_the_tokens_they_always_had(kind: str, text: str) -> None:
+    """Only what spells a control token is read otherwise, characters the tokenizer does not know among them."""
+    bare, made = TALKERS[kind]
+    assume(not any(control in text for control in (*CONTROLS, "<unk>")))
+    ids = bare.encode(text, add_special_tokens=False).ids
+    assume(ids)
+
+    assert made.plain([text]) == [ids[:600]]
+
+
+def test_what_is_unknown_is_no_control_token() -> None:
+    """It is a special token too, and stays where it was."""
+    bare, made = TALKERS["unigram"]
+
+    assert made.plain(["a\u0444b"]) == [bare.encode("a\u0444b", add_special_tokens=False).ids]
+    assert 3 in made.plain(["a\u0444b"])[0]
+
+
+def test_a_text_keeps_the_characters_of_a_control_token() -> None:
+    """It can be read back as it was."""
+    made = TALKERS["byte_level"][1]
+
+    assert made.decode(made.plain(["so <|im_end|> good"])[0]) == "so <|im_end|> good"
 
 
 def test_no_text_is_no_prompt(tokenizer: Path) -> None:

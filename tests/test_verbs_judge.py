@@ -105,7 +105,7 @@ def test_accuracy_is_told_where_texts_are_held_out(engine: Engine, spec: Adapter
 
 
 @pytest.mark.parametrize(
-    ("labelled", "covers"), [(LABELLED, (0, 1)), (LABELLED[::-1], (0, 1)), (LABELLED[1:], (0,)), (LABELLED[:1], (1,)), ((), ())]
+    ("labelled", "covers"), [(LABELLED, (0, 1)), (LABELLED[::-1], (0, 1)), (LABELLED[1:], (0,)), (LABELLED[:1], (1,))]
 )
 def test_what_a_device_covers_is_what_it_has_labels_of(
     engine: Engine, spec: AdapterSpec, labelled: tuple[Example, ...], covers: tuple[int, ...]
@@ -115,6 +115,13 @@ def test_what_a_device_covers_is_what_it_has_labels_of(
     count, _, found, _ = verbs.judge(SHEET[:1], spec.start(0), spec, private, engine, "agree")
 
     assert (count, found) == (len(labelled), covers)
+
+
+def test_a_device_without_labels_judges_nothing(engine: Engine, spec: AdapterSpec) -> None:
+    """Neither unlabelled nor held-out text makes a judge of it."""
+    private = Private((), ("it was nice",), (1,), (Example("a film", 0),))
+    with pytest.raises(DataError, match="no labelled text"):
+        verbs.judge(SHEET, spec.start(0), spec, private, engine, "agree")
 
 
 @pytest.mark.parametrize("label", [-1, 2, 7, 10**30])

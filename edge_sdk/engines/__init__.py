@@ -146,7 +146,11 @@ class Engine(Scorer, Protocol):
         ...
 
     def generate(self, prompt: str, sampling: Sampling = Sampling()) -> str:  # frozen
-        """What the model writes after `prompt`, up to its end token. Raises: DataError: an encoder writes nothing."""
+        """What the model writes after `prompt`, up to its end token; control tokens in a prompt are characters.
+
+        Raises:
+            DataError: an encoder writes nothing.
+        """
         ...
 
     def answer(self, text: str, sampling: Sampling = Sampling()) -> str:  # frozen

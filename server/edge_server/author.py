@@ -94,7 +94,8 @@ class Author:
 
     def _sift(self, number: int, state: State, adapter: str, drafts: list[Draft]) -> Written:
         known = [draft.text for sheet in state.sheets for draft in self._drafts(sheet)]
-        names = self.settings.names or self.task.labels
+        names = (*self.settings.names, *self.task.labels)
+        names += tuple(word for words in self.task.verbalizer for word in words) if self.settings.names else ()
         pairs = [(draft.prompt, draft.text) for draft in drafts]
         kept, why = filters.keep(pairs, names, self.settings.filter, self.embed, known)
         if not kept:
@@ -156,29 +157,43 @@ class Author:
                 sheet, llm = state.sheets[entry], self.settings.llm
                 judged = self._judged(sheet)
                 lines += crosslm.samples_of(
-                    judged, entry, first + 1, self.task.labels, llm.endpoint_model or llm.model, sheet.adapter
+                    judged, entry, first + 1, self.task.labels, llm.endpoint_model if llm.endpoint else llm.model, sheet.adapter
                 )
             else:
                 lines.append(Withdrawal(first + 1, entry))
         return lines
 
+    def open(self, state: State) -> set[str]:
+        """Ids of texts that are being judged."""
+        sheets = [(number, sheet) for number, sheet in enumerate(state.sheets) if not sheet.judged]
+        return {crosslm.id_of(number, draft) for number, sheet in sheets for draft in self._drafts(sheet)}
+
+    def notes(self, state: State) -> set[str]:
+        """Blobs that are the server's own: prompts, verdicts, the LLM's adapters."""
+        return {*state.tuned, *(blob for sheet in state.sheets for blob in (sheet.drafts, sheet.judged))}
+
     def read(self, body: bytes, state: State) -> Judgment:
         """A judgment of a sheet there is, checked to its last byte: what is taken in here can be decided on.
 
         Raises:
-            WireError: as `wire.unpack_judgment`; `unknown-sheet`; `bad-message`: a class or a byte that means nothing.
+            WireError: as `wire.unpack_judgment`; `unknown-sheet`; `bad-message`: a class or a byte that means nothing, no class,
+                or fewer than half of the texts answered: a sheet must not end with those who say nothing.
         """
 
         def shape(judgment: Judgment) -> tuple[int, int]:
+            if not judgment.covers:
+                raise WireError("bad-message", "a judgment covers no class: a device without labelled text judges nothing")
             if any(not 0 <= label < len(self.task.labels) for label in judgment.covers):
                 raise WireError("bad-message", "a judgment covers a class that this task does not have")
             return self._answer_shape(coordinator.sheet_of(state, judgment.version))
 
         judgment, answer = wire.unpack_judgment(body, shape)
         try:
-            judgments.decode(answer, [0] * len(answer), len(self.task.labels), self.settings.form)
+            said = judgments.decode(answer, [0] * len(answer), len(self.task.labels), self.settings.form)
         except DataError as error:
             raise WireError("bad-message", str(error)) from error
+        if 2 * np.count_nonzero(said.any(1)) < len(said):
+            raise WireError("bad-message", "a judgment answers fewer than half of its texts")
         return judgment
 
     def _answer_shape(self, sheet: Sheet) -> tuple[int, int]:
@@ -201,8 +216,7 @@ class Author:
         for waiting in sheet.ballots:
             judgment, answer = wire.unpack_judgment(self.blobs.get(waiting.blob), lambda _: self._answer_shape(sheet))
             probabilities = judgments.decode(answer, written, classes, form)
-            covers = frozenset(judgment.covers) if judgment.covers else None
-            found.append(Ballot(probabilities, judgment.metrics.get("accuracy", judging.UNKNOWN), covers))
+            found.append(Ballot(probabilities, judgment.metrics.get("accuracy", judging.UNKNOWN), frozenset(judgment.covers)))
         return found
 
 

@@ -265,7 +265,10 @@ async def _synthetic(args: argparse.Namespace) -> None:
     gone = {line.id for line in lines if isinstance(line, Withdrawal)}
     samples = [line for line in lines if isinstance(line, Sample) and line.id not in gone]
     if args.do == "export":
-        files.write(Path(args.what), pack_lines(samples))
+        try:
+            files.write(Path(args.what), pack_lines(samples))
+        except OSError as error:
+            raise SettingsError(f"cannot write {args.what}: {error.strerror}; name a file in a folder that is there") from error
         print(f"{len(samples)} samples written to {args.what}")
         return
     some = [sample for sample in samples if args.do == "list" or sample.id == args.what]

@@ -257,6 +257,11 @@ class State:
         return sum(self.sheets[entry].samples if isinstance(entry, int) else 1 for entry in self.feed)
 
     @property
+    def in_use(self) -> int:
+        """Samples of the feed that are not withdrawn."""
+        return sum(self.sheets[entry].samples if isinstance(entry, int) else -1 for entry in self.feed)
+
+    @property
     def adapter(self) -> str:
         """The newest version's."""
         return self.adapters[-1] if self.adapters else ""
@@ -449,7 +454,7 @@ def withdraw(state: State, sample: str, known: Collection[str]) -> Withdrawn | N
     """The event that takes a sample out of use; None where it is out already.
 
     Args:
-        known: ids of the samples of the feed.
+        known: ids of the samples of the feed, and of texts that are being judged.
 
     Raises:
         WireError: `unknown-sample`.

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 import msgspec
 
 from edge_sdk.engines import Sampling
+from edge_sdk.errors import SettingsError
 from edge_server.compute import JobFailed
 from edge_server.llm.jobs import Job, LlmSettings, Outcome, Texts, Write
+from edge_server.llm.quotation import CLOSING, inside
 
 MAX_ANSWER = 1 << 20
-STOPS = ['"', "\n"]  # where a text ends, as `llm/model.py` has it
+STOPS = [CLOSING, "\n"]  # some servers do not heed them
 
 
 class Choice(msgspec.Struct, frozen=True):
+    """`finish_reason` is `stop` where the text was ended, not cut; the stop itself is left out of it."""
+
     text: str
+    finish_reason: str | None = None
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -32,11 +39,13 @@ class Endpoint:
     """Does `Write` jobs by `POST {endpoint}/completions`, one text a request, some at a time.
 
     Args:
-        settings: `endpoint`, `endpoint_model`, `timeout_seconds` for one text, `tries`.
+        settings: `endpoint`, `endpoint_model`, `endpoint_seconds`, `tries`.
+        key: its API key, "" for none.
         at_once: requests under way.
     """
 
     settings: LlmSettings
+    key: str = field(default="", repr=False)
     at_once: int = 4
 
     async def run(self, job: Job) -> Outcome:
@@ -44,8 +53,9 @@ class Endpoint:
         if not isinstance(job, Write):
             raise JobFailed("an endpoint writes texts and nothing else")
         began, room = time.perf_counter(), asyncio.Semaphore(self.at_once)
-        limit = aiohttp.ClientTimeout(total=self.settings.timeout_seconds)
-        async with aiohttp.ClientSession(timeout=limit) as session:
+        limit = aiohttp.ClientTimeout(total=self.settings.endpoint_seconds)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        async with aiohttp.ClientSession(timeout=limit, headers=headers) as session:
 
             async def one(prompt: str, seed: int) -> str:
                 async with room:
@@ -77,7 +87,8 @@ class Endpoint:
         trouble = ""
         for _ in range(self.settings.tries):
             try:
-                async with session.post(f"{self.settings.endpoint.rstrip('/')}/completions", json=asked) as answer:
+                url = f"{self.settings.endpoint.rstrip('/')}/completions"
+                async with session.post(url, json=asked, allow_redirects=False) as answer:  # the key goes nowhere else
                     body = await answer.content.read(MAX_ANSWER + 1)
                     while len(body) <= MAX_ANSWER and (more := await answer.content.read(MAX_ANSWER)):
                         body += more
@@ -86,11 +97,26 @@ class Endpoint:
                 elif len(body) > MAX_ANSWER:
                     trouble = f"answered more than {MAX_ANSWER} bytes"
                 else:
-                    return msgspec.json.decode(body, type=Completion).choices[0].text.strip()
+                    found = msgspec.json.decode(body, type=Completion).choices[0]
+                    return inside(found.text + CLOSING if found.finish_reason == "stop" else found.text)
             except TimeoutError:
-                trouble = f"did not answer within {self.settings.timeout_seconds:g} seconds"
+                trouble = f"did not answer within {self.settings.endpoint_seconds:g} seconds"
             except (aiohttp.ClientError, OSError) as error:
                 trouble = f"cannot be reached ({' '.join(str(error).split())})"
             except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
                 trouble = "did not answer as OpenAI's completions do"
         raise JobFailed(f"the endpoint {self.settings.endpoint} {trouble}, {self.settings.tries} times")
+
+
+def writer(settings: LlmSettings, environment: Mapping[str, str] = os.environ) -> Endpoint | None:
+    """The endpoint of these settings, if they have one.
+
+    Raises:
+        SettingsError: the environment variable that shall hold its key does not.
+    """
+    if not settings.endpoint:
+        return None
+    key = environment.get(settings.endpoint_key, "").strip() if settings.endpoint_key else ""
+    if settings.endpoint_key and not (key.isascii() and key.isprintable() and key):
+        raise SettingsError(f"the environment variable {settings.endpoint_key} (llm.endpoint_key) holds no API key; set it")
+    return Endpoint(settings, key)

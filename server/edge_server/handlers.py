@@ -96,8 +96,8 @@ async def synthetic(request: web.Request) -> web.Response:
     since, limit = _number(request, "since", 0, 1 << 40), _number(request, "limit", PAGE, PAGE)
     body = pack_lines(await request.app[LEDGER].synthetic(since, limit, request.query.get("task")))
     etag = hashlib.sha256(body).hexdigest()
-    headers = {"ETag": f'"{etag}"', "Content-Type": LINES_TYPE}
-    if any(known.value == etag for known in request.if_none_match or ()):
+    headers = {"ETag": f'W/"{etag}"', "Vary": "Accept-Encoding", "Content-Type": LINES_TYPE}  # weak: gzip gives other bytes
+    if any(known.value in (etag, "*") for known in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
     answer = web.Response(body=body, headers=headers)
     answer.enable_compression()

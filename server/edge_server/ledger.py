@@ -21,7 +21,7 @@ from edge_sdk import files, wire
 from edge_sdk.adapters import Array
 from edge_sdk.cohort import Answer
 from edge_sdk.errors import DataError, WireError
-from edge_sdk.protocol import Evaluation, Line, Manifest, Receipt, Status, Trained, Wait, Work
+from edge_sdk.protocol import Evaluation, Line, Manifest, Receipt, Sample, Status, Trained, Wait, Withdrawal, Work
 from edge_sdk.tasks import Example
 from edge_server import cohorts, coordinator, runs, snapshots, storage
 from edge_server.aggregation import Contribution
@@ -147,8 +147,9 @@ class Ledger:
         return work
 
     def public(self, sha256: str) -> Path | None:
-        """Where a blob lies that any device may read; None where there is none, or a device sent it."""
-        return None if coordinator.is_private(self.state, sha256) else self.blobs.path(sha256)
+        """Where a blob lies that any device may read; None where there is none, a device sent it, or it is the server's own."""
+        private = coordinator.is_private(self.state, sha256) or sha256 in self._run.notes(self.state)
+        return None if private else self.blobs.path(sha256)
 
     async def take_update(self, incoming: Path, sha256: str, signer: str | None = None) -> Receipt:
         """Checks a streamed upload, keeps it, and answers once it is on disk.
@@ -254,11 +255,14 @@ class Ledger:
             raise WireError("unknown-task", f"this feed is of the task {feed.task!r}", 404)
         if len(self._lines) < state.lines:
             self._lines = await asyncio.to_thread(feed.lines, state, self._lines)
-        return self._lines[since : since + limit]
+        gone = {entry for entry in state.feed if isinstance(entry, str)}
+        page = self._lines[since : since + limit]  # what is withdrawn is served no more, also to those that come later
+        return [Withdrawal(x.seq, x.id) if isinstance(x, Sample) and x.id in gone else x for x in page]
 
     async def withdraw(self, sample: str) -> None:
         """Takes a sample out of use; devices drop it when they next ask. Raises: WireError: there is no such sample."""
         known = {line.id for line in await self.synthetic(0, self.state.lines)}
+        known.update(await asyncio.to_thread(self._given(self._run.feed).open, self.state))
         async with self._lock:
             if event := coordinator.withdraw(self.state, sample, known):
                 await self._record(event)

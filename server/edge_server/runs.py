@@ -5,7 +5,7 @@ A new system is a file in `systems/`, perhaps a shell for its LLM, a function he
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -19,7 +19,7 @@ from edge_server.author import Author
 from edge_server.compute import Compute, LocalCompute
 from edge_server.coordinator import Buffered, Device, Event, State
 from edge_server.distiller import Distiller
-from edge_server.endpoint import Endpoint
+from edge_server.endpoint import writer
 from edge_server.knowledge.filters import Embed
 from edge_server.settings import RunSettings
 from edge_server.storage import Blobs
@@ -58,11 +58,16 @@ class Feed:
     """Synthetic data for devices.
 
     Args:
-        task: what the feed calls it. lines: the feed, from what of it is there already.
+        task: what the feed calls it. lines: the feed, from what of it is there already. open: ids of what is being judged.
     """
 
     task: str
     lines: Callable[[State, list[Line]], list[Line]]
+    open: Callable[[State], Collection[str]]
+
+
+def _tuned(state: State) -> Collection[str]:
+    return state.tuned
 
 
 async def _as_averaged(averaged: dict[str, Array], _: State) -> tuple[dict[str, Array], str, str]:
@@ -79,6 +84,7 @@ class Run:
         refine: what becomes of their average: the version's adapter, the blob of the LLM's or "", and what to say of it.
         compute: where the LLM runs. llm: its side, where it learns from devices' judgments. feed: of what it has written.
         deadline_seconds: after a sheet was written, with at least one judgment.
+        notes: blobs that are the server's own, and no device's business.
         shares_from: the first version from which devices send what they learn. judgment_limit: bytes that a judgment may have.
     """
 
@@ -91,6 +97,7 @@ class Run:
     llm: Llm | None = None
     feed: Feed | None = None
     deadline_seconds: float = 0.0
+    notes: Callable[[State], Collection[str]] = _tuned
     shares_from: int = 0
     judgment_limit: int = wire.MAX_JSON
 
@@ -130,10 +137,16 @@ def _lpfl(own: LpFl, _: Blobs) -> Run:
 def _crosslm(own: CrossLm, task: Task, compute: Compute, embed: Embed | None, now: Now, blobs: Blobs) -> Run:
     start, plan, averaged = partial(crosslm.start, own), partial(crosslm.plan, own), partial(crosslm.averaged, own)
     finished = partial(crosslm.finished, own)
-    author = Author(own, task, blobs, compute, embed, now, Endpoint(own.llm) if own.llm.endpoint else None)
-    feed, deadline, first = Feed(own.task, author.lines), own.deadline_seconds, own.versions
+    author = Author(own, task, blobs, compute, embed, now, writer(own.llm))
+    feed, deadline, first = Feed(own.task, author.lines, author.open), own.deadline_seconds, own.versions
     return Run(
-        start, plan, averaged, finished, compute=compute, llm=author, feed=feed, deadline_seconds=deadline, shares_from=first
+        *(start, plan, averaged, finished),
+        compute=compute,
+        llm=author,
+        feed=feed,
+        deadline_seconds=deadline,
+        notes=author.notes,
+        shares_from=first,
     )
 
 

@@ -17,16 +17,24 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
 _META = re.compile(
     r"\b(as an ai|language model|i('m| am) (sorry|unable)|i can(no|')t (help|assist|write)|here('s| is| are) (a|an|the|some|my) "
-    r"(\w+ )?(\w+ )?(sentence|example|review|tweet|comment)|ignore (all |the )?(previous|prior|above)|system prompt|"
-    r"(this|the) (sentence|prompt)|instructions?:)",
+    r"(\w+ )?(\w+ )?(sentence|example|review|tweet|comment)|system prompt|(this|the) (sentence|prompt)|instructions?:|"
+    r"(ignore|disregard) ((all|any|every|each|of|the|your|my|these|those) )*(previous|prior|above|earlier|preceding|foregoing)|"
+    r"(ignore|disregard|forget|override|bypass) (\w+ ){0,4}(instructions?|rules?|prompts?|guidelines?|orders)\b)|"
+    r"^\W*(system|user|assistant|human|ai)\s*:",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"\w+")
+_MARKUP = re.compile(  # what a tokenizer may take for a token of its own, and tags
+    r"<\|[^<>]{0,60}\|>|</?[A-Za-z][\w-]{0,30}\s*/?>|<<|>>|\[/?[A-Z][A-Z_]{1,20}\d*\]|"
+    r"(?i:\[/?(sep|cls|mask|pad|unk|bos|eos|inst|sys|unused\d+)\])"
+)
+# Scripts that part no words: Thai and Lao, Burmese, Khmer, kana, Han
+_BLANKLESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[^\W{_BLANKLESS}]+|[{_BLANKLESS}]")
 
 
 class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Args:
-    min_words, max_words: of a text. max_chars: of a text, whatever its words.
+    min_words, max_words: of a text; where a script has no blanks each character is one. max_chars: of a text, whatever its words.
     similar: largest cosine (embedder) to a text that was kept before, in this version or an earlier one.
     """
 
@@ -41,26 +49,35 @@ class Filter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def clean(text: str) -> str:
-    """One line without control and format characters; runs of blanks become one."""
-    kept = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
+    """One line without control and format characters; runs of blanks become one. What has no width parts nothing."""
+    kinds = ((c, unicodedata.category(c)) for c in text)
+    kept = "".join(" " if kind[0] in "CZ" else c for c, kind in kinds if kind != "Cf")
     return " ".join(kept.split())
 
 
 def reason(text: str, prompt: str, labels: Sequence[str], rules: Filter) -> str:
-    """Why a text is no good by itself: `short`, `long`, `meta`, `echo`, `leak`; "" where it is good.
+    """Why a text is no good by itself: `short`, `long`, `markup`, `meta`, `echo`, `leak`; "" where it is good.
 
-    `leak`: it says the label's name, which no text of a user does. `echo`: it repeats five words of its prompt in a row.
+    `markup`: it spells tags or control tokens. `meta`: it talks about itself, or gives orders. `leak`: it says what a label is
+    called, which no text of a user does. `echo`: it repeats five words of its prompt in a row. Other forms of the same letters
+    (Unicode's NFKC) count as these.
+
+    Args:
+        labels: what labels are called, of one word or several.
     """
-    words = [w.lower() for w in _WORD.findall(text)]
+    words = _words(text)
     if len(words) < rules.min_words:
         return "short"
     if len(words) > rules.max_words or len(text) > rules.max_chars:
         return "long"
-    if _META.search(text):
+    same = unicodedata.normalize("NFKC", text)
+    if _MARKUP.search(same):
+        return "markup"
+    if _META.search(same):
         return "meta"
-    if _runs(words, 5) & _runs([w.lower() for w in _WORD.findall(prompt)], 5):
+    if _runs(words, 5) & _runs(_words(prompt), 5):
         return "echo"
-    if {label.lower() for label in labels} & set(words):
+    if any(tuple(name) in _runs(words, len(name)) for name in map(_words, labels) if name):
         return "leak"
     return ""
 
@@ -96,8 +113,12 @@ def keep(
     return [kept[at - len(known)] for at in taken[len(known) :]], why
 
 
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
 def _normal(text: str) -> str:
-    return " ".join(_WORD.findall(text.lower()))
+    return " ".join(_words(text))
 
 
 def _runs(words: Sequence[str], length: int) -> set[tuple[str, ...]]:

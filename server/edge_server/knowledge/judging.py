@@ -1,7 +1,8 @@
 """What many judges together make of texts, and whom of them to believe; pure.
 
-A judge is believed as far as it agrees with the others, not as far as it says it should be: the one-coin model of Dawid &
-Skene 1979. So a minority that answers at random, always the same or the wrong way round gets no say.
+A judge is believed as far as its votes agree with those of the others, not as far as it says it should be: the one-coin model
+of Dawid & Skene 1979. So a minority that answers at random, always the same or the wrong way round gets no say. That model knows
+votes alone, the likeliest class of each answer: how sure a judge is of itself counts in the verdict, never in whom to believe.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Ballot:
     Args:
         probabilities: (n, n_classes); a row of zeros is no answer.
         claimed: the accuracy it says it has on its own validation data; it can only lower its weight.
-        covers: labels it knows from its own data; texts written for other labels are none of its business. None for all.
+        covers: labels it knows from its own data; texts written for other labels are none of its business. None for all: a judge
+            that has no data of its own.
     """
 
     probabilities: Floats
@@ -53,8 +55,11 @@ def combine(ballots: Sequence[Ballot], written: Sequence[int]) -> Verdict:
     """Weighted mean of the judges' probabilities, p_j = sum_k a_k p_kj / sum_k a_k.
 
     a_k = max(0, ln((n_classes - 1) acc_k / (1 - acc_k))), the log odds of being right where chance is 1 / n_classes, with
-    acc_k how often judge k agrees with the mean of the others, each class counting alike, at most what it claims. It starts
-    from equal weights.
+    acc_k how often the vote of judge k agrees with the weighted votes of the others, each class counting alike, at most what it
+    claims. It starts from the share of all votes, its own among them: two who agree then outweigh a third who never does.
+
+    Of two that answer nobody can say who is right: they weigh alike, whatever they claim. Where there are more and none agrees
+    with another, the shares of their votes are the verdict. A judge that claims no more than chance has no say, unless all do.
 
     Args:
         written: the label each text was written for, (n,).
@@ -70,14 +75,12 @@ def combine(ballots: Sequence[Ballot], written: Sequence[int]) -> Verdict:
     n_classes = next(iter(shapes))[1]
     answers = np.stack([_answers(b, written) for b in ballots])  # (judges, n, n_classes)
     there = answers.sum(2) > 0
-    weights = np.array([_log_odds(min(b.claimed, SURE), n_classes) for b in ballots])
-    claims = weights.copy()
-    if len(ballots) > 2:  # of two that disagree nobody can say who is right
-        weights = np.minimum(claims, 1.0)
-        for _ in range(ROUNDS):
-            weights = np.array([min(claims[k], _agreement(k, answers, there, weights, n_classes)) for k in range(len(ballots))])
-    if not weights.any():
-        weights = np.where(claims > 0, 1e-6, 0.0) if claims.any() else np.full(len(ballots), 1e-6)
+    claims = np.array([_log_odds(min(b.claimed, SURE), n_classes) for b in ballots])
+    weights = (claims > 0).astype(np.float64) if claims.any() else np.ones(len(ballots))
+    if there.any(1).sum() > 2:
+        votes = np.eye(n_classes)[answers.argmax(2)] * there[:, :, None]
+        believed = _believed(votes, claims)
+        weights, answers = (believed, answers) if believed.any() else (weights, votes)
     total = np.einsum("k,knc->nc", weights, answers)
     mass = np.einsum("k,kn->n", weights, there)
     soft = np.divide(total, mass[:, None], out=np.zeros_like(total), where=mass[:, None] > 0)
@@ -100,19 +103,29 @@ def _answers(ballot: Ballot, written: Sequence[int]) -> Floats:
     return rows
 
 
-def _agreement(k: int, answers: Floats, there: NDArray[np.bool_], weights: Floats, n_classes: int) -> float:
-    """Log odds that judge k is right, taking the others together for the truth."""
+def _believed(votes: Floats, claims: Floats) -> Floats:
+    """The weight of each judge, (judges,), from votes (judges, n, n_classes): 1 for a class, or 0 for all where there is none."""
+    weights = (claims > 0).astype(np.float64)
+    for step in range(ROUNDS):
+        own = weights if step == 0 else np.zeros(len(votes))
+        weights = np.array([min(claims[k], _agreement(k, votes, weights, own[k])) for k in range(len(votes))])
+    return weights
+
+
+def _agreement(k: int, votes: Floats, weights: Floats, own: float) -> float:
+    """Log odds that judge k is right where others voted too, taking their weighted votes, and by `own` its own, for the truth."""
     others = weights.copy()
     others[k] = 0
-    truth = np.einsum("k,knc->nc", others, answers)
-    common = there[k] & (truth.sum(1) > 0)
+    truth = np.einsum("k,knc->nc", others, votes)
+    common = (votes[k].sum(1) > 0) & (truth.sum(1) > 0)
     if not common.any():
         return 0.0
-    truth = truth[common] / truth[common].sum(1, keepdims=True)
-    said = answers[k][common].argmax(1)[:, None] == np.arange(n_classes)
+    said = votes[k][common]
+    truth = truth[common] + own * said
+    truth /= truth.sum(1, keepdims=True)
     mass = truth.sum(0)
     right = float(((truth * said).sum(0)[mass > 0] / mass[mass > 0]).mean())  # each class alike: one answer to all is chance
-    return _log_odds(min(right, SURE), n_classes)
+    return _log_odds(min(right, SURE), votes.shape[2])
 
 
 def _log_odds(accuracy: float, n_classes: int) -> float:

@@ -6,7 +6,9 @@ Adapters are files; everything else is in the message. A job is a function of it
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -29,7 +31,8 @@ class LlmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         threads: torch's. memory_mb: of its process; 0 for no limit. timeout_seconds: for one job. tries: of a job that crashed.
         endpoint: URL of an OpenAI-compatible server (`http://127.0.0.1:8000/v1`) that does the writing; "" for none. It writes
             as its own model does: what this LLM learns is not there.
-        endpoint_model: the model's name there.
+        endpoint_model: the model's name there. endpoint_seconds: for one of its answers. endpoint_key: the environment variable
+            that holds its API key; "" where it needs none.
     """
 
     model: str = "smollm2"
@@ -45,12 +48,28 @@ class LlmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tries: int = 2
     endpoint: str = ""
     endpoint_model: str = ""
+    endpoint_seconds: float = 120.0
+    endpoint_key: str = ""
 
     def __post_init__(self) -> None:
         if self.layers < 1 or not 1 <= self.rank <= 256 or not 0 < self.alpha < math.inf or not self.modules:
             raise SettingsError("llm.layers must be at least 1, llm.rank 1 to 256, llm.alpha positive, llm.modules not empty")
         if self.threads < 1 or self.memory_mb < 0 or not 0 < self.timeout_seconds < math.inf or self.tries < 1:
             raise SettingsError("llm.threads, llm.tries and llm.timeout_seconds must be positive, llm.memory_mb not negative")
+        if self.endpoint and not _is_http(self.endpoint):
+            raise SettingsError("llm.endpoint must be an http or https URL without a password, e.g. http://127.0.0.1:8000/v1")
+        if not 0 < self.endpoint_seconds < math.inf:
+            raise SettingsError("llm.endpoint_seconds must be positive and finite")
+        if self.endpoint_key and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.endpoint_key):
+            raise SettingsError("llm.endpoint_key must be the name of the environment variable that holds the key, not the key")
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:
+        return False
 
 
 class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

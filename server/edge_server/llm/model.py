@@ -24,14 +24,13 @@ from edge_sdk.engines import Sampling
 from edge_sdk.errors import DataError
 from edge_sdk.exchange import POSITIONS, Voice
 from edge_sdk.tasks import Task
-from edge_sdk.tokens import Ids, PromptEncoder, by_length, by_tokens
+from edge_sdk.tokens import Ids, PromptEncoder, by_length, by_tokens, controls
 from edge_sdk.training import base, losses
 from edge_sdk.training.batches import Answer, Row, TopTokens, epochs
 from edge_server.llm.jobs import Lessons, LlmSettings, Tuning
+from edge_server.llm.quotation import CLOSING, WHOLE, inside
 from edge_server.llm.writing import continuations
 
-CLOSING = '"'  # prompts open a quotation; a text ends where it is closed
-WHOLE = (".", "!", "?", "…")  # how sentences end
 LEASH_TOKENS = 64  # of the base's distribution at each position
 CACHE_TOKENS = 1024  # that go through the frozen layers at a time
 Said = tuple[Ids, int]  # a sequence, and where in it the text after the prompt starts
@@ -73,9 +72,11 @@ class Llm:
         self._lower, self._top = _cut(self._model.model, split)
         self._vocabulary: Tensor = self._model.lm_head.weight
         self._first = self._tokenizer.bos_token_id if getattr(self._tokenizer, "add_bos_token", False) else None
-        self._before, self._after = (self._ids(part) for part in (settings.pattern or task.pattern).split("{text}"))
+        self._controls = controls(self._tokenizer.backend_tokenizer)
+        pattern = settings.pattern or task.pattern
+        self._before, self._after = (self._ids(part, control=True) for part in pattern.split("{text}"))
         self._task, self._max_tokens = task, task.max_tokens
-        words = [self._ids(word) for word in settings.words or [word[0] for word in task.verbalizer]]
+        words = [self._ids(word, control=True) for word in settings.words or [word[0] for word in task.verbalizer]]
         if any(len(ids) != 1 for ids in words):
             raise DataError("the LLM says one token for each class: llm.words, or the task's verbalizer, must be such")
         self._head = self._vocabulary[[ids[0] for ids in words]]
@@ -162,10 +163,10 @@ class Llm:
     # Writing ----------------------------------------------------------------------------------------------------------
     def write(self, prompts: Sequence[str], counts: Sequence[int], sampling: Sampling) -> list[list[str]]:
         """`counts[i]` texts after `prompts[i]`, each up to a closing quote, a line break or the end token."""
-        asked = [self._ids(prompt, first=True) for prompt in prompts]
+        asked = [self._ids(prompt, first=True, control=True) for prompt in prompts]
         bare, ends = self._model.model, self._ends
         written = continuations(bare, lambda states: states @ self._vocabulary.T, asked, counts, sampling, ends)
-        return [[_inside(text) for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in written]
+        return [[inside(text) for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in written]
 
     # Reading ----------------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -284,13 +285,17 @@ class Llm:
         return [row[: len(ids)] for row, ids in zip(out, sequences, strict=True)]
 
     # Tokens -----------------------------------------------------------------------------------------------------------
-    def _ids(self, text: str, first: bool = False) -> Ids:
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def _ids(self, text: str, first: bool = False, control: bool = False) -> Ids:
+        """Args:
+        first: as a sequence starts. control: the operator wrote it, so that its control tokens are such; a text's are characters.
+        """
+        ids = list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]) if text else []
+        ids = ids if control else [token for token in ids if token not in self._controls]
         return [self._first, *ids] if first and self._first is not None else ids
 
     def _said(self, prompt: str, text: str) -> Said:
         """A text after its prompt, up to the closing quote, if it is whole: what was cut short does not teach where to end."""
-        before = self._ids(prompt, first=True)
+        before = self._ids(prompt, first=True, control=True)
         return [*before, *self._ids(text + CLOSING if text.endswith(WHOLE) else text)], len(before)
 
     def _question(self, text: str) -> Ids:
@@ -311,14 +316,6 @@ class Frozen:
             for i, states in zip(batch, _run(self._lower, [new[i] for i in batch]), strict=True):
                 self._kept[tuple(new[i])] = states.clone()
         return [self._kept[tuple(ids)] for ids in sequences]
-
-
-def _inside(text: str) -> str:
-    """What stands before the closing quote or the line's end; of a text cut short its whole sentences, if it has any."""
-    inside = text.split(CLOSING)[0].split("\n")[0].strip()
-    if CLOSING in text or "\n" in text:
-        return inside
-    return inside[: at + 1] if (at := max(inside.rfind(f"{end} ") for end in WHOLE)) > 0 else inside
 
 
 def _load(path: Path) -> Any:

@@ -94,6 +94,8 @@ class CrossLm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("crosslm.temperature must be positive, top_p in (0, 1], max_tokens 1 to 1000")
         if not 0 < self.quality <= 1 or not 0 <= self.weight < math.inf or not 1 <= self.batch_size <= 4096:
             raise SettingsError("crosslm.quality must be in (0, 1], weight not negative, batch_size 1 to 4096")
+        if self.llm.endpoint and not self.llm.endpoint_model:
+            raise SettingsError("crosslm.llm.endpoint_model must say which model writes at the endpoint: every sample names it")
         if self.retain < 0 or not self.task:
             raise SettingsError("crosslm.retain must not be negative, and crosslm.task not empty")
         if not 0 < self.label_temperature < math.inf:
@@ -152,7 +154,7 @@ def averaged(settings: CrossLm, state: State) -> tuple[Buffered, ...]:
 def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Work:
     """What a device that asks should do now: learn from what is decided, then judge what is not, each once."""
     version, number = state.version, len(state.sheets) - 1
-    mix = Mix(state.lines, settings.weight, settings.batch_size, settings.label_temperature) if state.feed else None
+    mix = Mix(state.lines, settings.weight, settings.batch_size, settings.label_temperature) if state.in_use > 0 else None
     if version >= settings.versions and (then := _afterwards(settings)):
         measured = max(device.evaluated, settings.versions)  # an adapter that changes nothing need not be
         work = lpfl.plan(then, state, replace(device, evaluated=measured), can_train)

@@ -43,7 +43,7 @@ test-transformers5: setup $(BIN5)/.ready
 $(BIN5)/.ready: pyproject.toml constraints-transformers5.txt
 	$(PYTHON) -m venv .venv5
 	$(BIN5)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-transformers5.txt \
-		--editable '.[train,postgres]' 'transformers>=5' hypothesis pytest pytest-asyncio pytest-timeout rich
+		--editable '.[train,postgres]' 'transformers>=5' hypothesis openapi-spec-validator pytest pytest-asyncio pytest-timeout rich
 	@touch $@
 
 unit: setup

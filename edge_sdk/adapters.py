@@ -191,11 +191,14 @@ def weighted_mean(items: Iterable[tuple[Arrays, float]]) -> dict[str, Array]:
     weights: dict[str, float] = {}
     for arrays, weight in items:
         for name, array in arrays.items():
-            scaled = array.astype(np.float64) * weight
-            if name in total:
+            scaled = np.multiply(array, weight, dtype=np.float64)
+            if name not in total:
+                total[name] = scaled
+            elif total[name].shape == scaled.shape:
+                total[name] += scaled
+            else:
                 shape = tuple(max(sizes) for sizes in zip(total[name].shape, scaled.shape, strict=True))
-                scaled = _fill(total[name], shape) + _fill(scaled, shape)
-            total[name] = scaled
+                total[name] = _fill(total[name], shape) + _fill(scaled, shape)
             weights[name] = weights.get(name, 0.0) + weight
     if not weights or min(weights.values()) <= 0:
         raise DataError("cannot average: the weights sum to zero")

@@ -293,10 +293,10 @@ class Agent:
                 self._manifest = self._models = None
             if error.code in SHUT_OUT:
                 raise SettingsError(f"the server does not let this device in: {error.detail}") from error
-            if error.code in ("unknown-device", "bad-digest") or error.status in (401, 429):  # it may be taken yet
-                return session.NoAnswer()
             if error.retry_after is not None:
                 return session.NoAnswer(error.retry_after)
+            if error.code in ("unknown-device", "bad-digest") or error.status in (401, 408, 429):  # it may be taken yet
+                return session.NoAnswer()
             if isinstance(action, session.Do):
                 return session.WorkFailed(str(error))
             return session.Rejected(error.code)

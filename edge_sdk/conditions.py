@@ -61,6 +61,12 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def share_heap() -> None:
+    """Lets threads that start later take their memory from one heap, where the C library can: what one frees another takes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX, of glibc's malloc.h
+
+
 def _free(meminfo: Path) -> float | None:
     for text in _texts(meminfo.parent, meminfo.name):
         for line in text.splitlines():

@@ -41,13 +41,15 @@ class WireError(EdgeError):
         code: stable problem code, listed in `docs/protocol.md`.
         detail: one sentence for a person.
         status: HTTP status a server answers with.
+        retry_after: seconds after which the same may be taken; None where it never will.
     """
 
-    def __init__(self, code: str, detail: str, status: int = 400) -> None:
+    def __init__(self, code: str, detail: str, status: int = 400, retry_after: float | None = None) -> None:
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
         self.status = status
+        self.retry_after = retry_after
 
 
 class ServerError(EdgeError):

@@ -349,7 +349,7 @@ class SheetStatus(Message, frozen=True):
 
 
 class Status(Message, frozen=True):
-    """Server -> operator: where the run stands."""
+    """Server -> operator: where the run stands; `adapters` names that of every version, from 0 on."""
 
     system: str
     version: int
@@ -359,3 +359,4 @@ class Status(Message, frozen=True):
     devices: tuple[DeviceStatus, ...]
     measurements: tuple[Measurement, ...]
     sheets: tuple[SheetStatus, ...] = ()
+    adapters: tuple[str, ...] = ()

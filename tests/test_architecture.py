@@ -34,7 +34,10 @@ PURE = [
     ),
     *(
         f"server/edge_server/{name}.py"
-        for name in ("aggregation", "robust", "coordinator", "cohorts", "unmasking", "gate", "simulate", "llm/jobs")
+        for name in (
+            *("aggregation", "robust", "coordinator", "cohorts", "unmasking", "gate", "simulate", "llm/jobs"),
+            *("leases", "pacing", "intake"),
+        )
     ),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/knowledge").glob("*.py"))),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "server/edge_server/systems").glob("*.py"))),
@@ -113,6 +116,19 @@ def test_nobody_imports_relatively(package: str) -> None:
 def test_pure_modules_touch_no_world(module: str) -> None:
     """What decides knows no clock, chance, socket, disk engine, loop or model: these come in as arguments."""
     assert roots(ROOT / module) & IMPURE == set()
+
+
+def test_the_server_reads_no_body_whole() -> None:
+    """Bodies come in chunks with a limit and a time, by the one function of the handlers that does so."""
+    asked = {"read", "text", "json", "post", "multipart", "iter_chunked", "iter_any", "iter_chunks", "readany", "readexactly"}
+    found = [
+        (path.name, ast.unparse(node))
+        for path in modules("edge_server")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in asked and ast.unparse(node.value).startswith("request")
+    ]
+
+    assert found == [("handlers.py", "request.content.read")]
 
 
 def test_torch_lives_in_one_folder() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -69,7 +70,11 @@ def evaluation(device: str, version: int) -> Evaluation:
 
 
 def accept(state: State, message: Update, id: str = "new", max_staleness: int = MAX_STALENESS) -> Accepted | Receipt:
-    return coordinator.accept(state, message, id, f"blob-{id}", 100, max_staleness)
+    return coordinator.accept(state, message, id, f"blob-{id}", 100, max_staleness, now=0.0)
+
+
+def due(state: State, buffer_size: int, least: int = 1, deadline_seconds: float = 0.0, now: float = 0.0) -> tuple[Buffered, ...]:
+    return coordinator.due(state, buffer_size, least, deadline_seconds, now)
 
 
 def code(call: Callable[[], object]) -> tuple[str, int]:
@@ -139,7 +144,7 @@ def test_a_new_version_takes_the_oldest_updates() -> None:
     )
     state = apply(full, Published(1, "a1", 3))
 
-    assert [b.blob for b in coordinator.due(full, 3)] == ["blob-u0", "blob-u1", "blob-u2"]
+    assert [b.blob for b in due(full, 3)] == ["blob-u0", "blob-u1", "blob-u2"]
     assert (state.version, state.adapter, state.buffer) == (1, "a1", (Buffered("blob-u3", 10, 0, 0),))
 
 
@@ -147,8 +152,35 @@ def test_nothing_is_due_before_the_buffer_is_full() -> None:
     """Two updates of three make no version; three do."""
     two = replay(*AT_0_EVENTS, accepted("u1", "d1", 0), accepted("u2", "d2", 0))
 
-    assert coordinator.due(two, 3) == ()
-    assert coordinator.due(two, 2) == two.buffer
+    assert due(two, 3) == ()
+    assert due(two, 2) == two.buffer
+
+
+@pytest.mark.parametrize(("now", "made_of"), [(109.0, 0), (110.0, 2), (math.inf, 2)])
+def test_a_late_version_is_made_of_what_is_there(now: float, made_of: int) -> None:
+    """The first update came at 100 and waits for 10 seconds; the second came at 109 and is taken with it."""
+    first, second = (msgspec.structs.replace(accepted(f"u{i}", f"d{i}", 0), at=at) for i, at in ((1, 100.0), (2, 109.0)))
+    state = replay(*AT_0_EVENTS, first, second)
+
+    assert [b.at for b in state.buffer] == [100.0, 109.0]
+    assert due(state, 3, deadline_seconds=10.0, now=now) == state.buffer[:made_of]
+
+
+def test_a_deadline_waits_for_the_least_that_is_enough() -> None:
+    """However late it is: one update where two are needed makes nothing, and without a deadline no time is late."""
+    one = replay(*AT_0_EVENTS, accepted("u1", "d1", 0))
+
+    assert due(one, 3, least=2, deadline_seconds=1.0, now=math.inf) == ()
+    assert due(one, 3, least=1, deadline_seconds=1.0, now=math.inf) == one.buffer
+    assert due(one, 3, least=1, deadline_seconds=0.0, now=math.inf) == ()
+    assert due(AT_0, 3, least=1, deadline_seconds=1.0, now=math.inf) == ()
+
+
+def test_a_late_version_takes_no_more_than_a_buffer() -> None:
+    """What came beyond a full buffer waits for the version after."""
+    full = replay(*AT_0_EVENTS, accepted("u1", "d1", 0), accepted("u2", "d2", 0))
+
+    assert due(full, 1, deadline_seconds=1.0, now=math.inf) == full.buffer[:1]
 
 
 def test_staleness_is_computed_on_arrival() -> None:
@@ -270,6 +302,7 @@ def test_status_is_the_state_as_an_operator_sees_it() -> None:
         False,
         (DeviceStatus("d1", "one", 1, 100), DeviceStatus("d2", "two", 0, 0)),
         (Measurement("update", "d1", 0, 10, {"loss": 0.5}),),
+        adapters=("a0",),
     )
 
 
@@ -620,7 +653,7 @@ class Run:
             case Publish() if self.state.version < 0:
                 self._record(Published(0, "a0", 0))
             case Publish():
-                while batch := coordinator.due(self.state, BUFFER_SIZE):
+                while batch := due(self.state, BUFFER_SIZE):
                     version = self.state.version + 1
                     self._record(Published(version, f"a{version}", len(batch)))
                     self.folded += [buffered.blob for buffered in batch]

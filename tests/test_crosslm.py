@@ -270,7 +270,7 @@ def answer(state: State, device: str, work: Work, id: str) -> State:
     """The state once a device has done its work."""
     match work:
         case Train(version, share=True):
-            event: object = coordinator.accept(state, Update(device, version, 1, {}), id, f"blob-{id}", 1, 99)
+            event: object = coordinator.accept(state, Update(device, version, 1, {}), id, f"blob-{id}", 1, 99, 0.0)
         case Train(version):
             event = coordinator.keep(state, Trained(device, version, 1, {}), id)
         case Evaluate(version):
@@ -317,7 +317,7 @@ def test_every_run_ends(can_train: list[bool], versions: int, judges: int, avera
     for now, at in enumerate([*order, *range(400)]):
         while todo := crosslm.due(run, state, float(now)):
             state = step(state, todo, float(now))
-        while batch := crosslm.averaged(run, state):
+        while batch := crosslm.averaged(run, state, 0.0):
             state = coordinator.apply(state, Published(state.version + 1, "a", len(batch)))
         device = devices[at % len(devices)]
         work = crosslm.plan(run, state, state.devices[device], can_train[at % len(devices)])
@@ -382,9 +382,9 @@ def test_after_the_last_sheet_devices_average() -> None:
     assert not crosslm.finished(THEN, state)
     waiting = Buffered("u", 4, 0, 2)
     late, early = replace(at(DONE, DONE, tuned=1), buffer=(waiting,)), replace(at(DONE, tuned=1), buffer=(waiting,))
-    assert crosslm.averaged(THEN, late) == (waiting,)
+    assert crosslm.averaged(THEN, late, 0.0) == (waiting,)
     assert crosslm.due(THEN, late, 0.0) == TuneLlm(1)  # at the same time
-    assert crosslm.averaged(THEN, state) == crosslm.averaged(THEN, early) == crosslm.averaged(RUN, late) == ()
+    assert crosslm.averaged(THEN, state, 0.0) == crosslm.averaged(THEN, early, 0.0) == crosslm.averaged(RUN, late, 0.0) == ()
     over = replace(state, version=4, adapters=("a",) * 5)
     assert crosslm.plan(THEN, over, Device("x", trained=3), can_train=True) == Evaluate(4, "a")
     assert crosslm.plan(THEN, over, Device("x", trained=3, evaluated=4), can_train=True) == Finished(4, "a")

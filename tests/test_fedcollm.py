@@ -74,14 +74,14 @@ def test_devices_do_what_they_do_without_an_llm(device: Device, version: int, ca
     plain, state = msgspec.structs.replace(settings.averaging, soft=None), at(version, device, buffered=waiting)
 
     assert fedcollm.plan(settings, state, device, can_train) == lpfl.plan(plain, state, device, can_train)
-    assert fedcollm.averaged(settings, state) == lpfl.averaged(plain, state)
+    assert fedcollm.averaged(settings, state, 0.0) == lpfl.averaged(plain, state, 0.0)
     assert fedcollm.finished(settings, state) == lpfl.finished(plain, state)
 
 
 def test_a_version_is_due_with_a_full_buffer_until_the_last() -> None:
     """The two oldest updates, no fewer, and none once all versions are made."""
-    assert [len(fedcollm.averaged(EVERY, at(1, buffered=count))) for count in range(4)] == [0, 0, 2, 2]
-    assert fedcollm.averaged(EVERY, at(4, buffered=2)) == ()
+    assert [len(fedcollm.averaged(EVERY, at(1, buffered=count), 0.0)) for count in range(4)] == [0, 0, 2, 2]
+    assert fedcollm.averaged(EVERY, at(4, buffered=2), 0.0) == ()
 
 
 def test_it_is_over_once_everybody_has_measured_the_last_version() -> None:
@@ -388,7 +388,7 @@ async def test_a_version_is_what_was_distilled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", range(1, 15))
 async def test_a_restart_at_any_event_goes_on(tmp_path: Path, after: int) -> None:
     """Whatever was on disk when the server died, the run ends with the same versions, LLM adapters and files."""
-    async with learning(tmp_path / "undisturbed", Simulator(), with_auxiliary()) as ledger:
+    async with learning(tmp_path / "undisturbed", Simulator(), with_auxiliary(), now=lambda: 7.0) as ledger:
         await learn_and_average(ledger)
         state = ledger.state
     log = helpers.events(tmp_path / "undisturbed")
@@ -396,7 +396,7 @@ async def test_a_restart_at_any_event_goes_on(tmp_path: Path, after: int) -> Non
     shutil.copytree(tmp_path / "undisturbed", tmp_path / "died")
     with contextlib.closing(sqlite3.connect(tmp_path / "died" / "events.sqlite", isolation_level=None)) as disk:
         disk.execute("DELETE FROM events WHERE seq > ?", [after])
-    async with learning(tmp_path / "died", Simulator(), with_auxiliary()) as again:
+    async with learning(tmp_path / "died", Simulator(), with_auxiliary(), now=lambda: 7.0) as again:
         await learn_and_average(again)
 
         assert (again.state.adapters, again.state.tuned) == (state.adapters, state.tuned)
@@ -406,7 +406,7 @@ async def test_a_restart_at_any_event_goes_on(tmp_path: Path, after: int) -> Non
 
 
 async def test_a_distillation_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both updates wait, no version is published, the reason is told in /healthz, and a later try makes the same version."""
+    """Both updates wait, no version is published, the reason is told in /readyz, and a later try makes the same version."""
     monkeypatch.setattr(ledgers, "RETRY_SECONDS", 0.05)
     llm = Simulator([JobFailed("the LLM cannot distil: out of memory"), *[Perplexity(1.0)] * 10**5])
     async with helpers.running(tmp_path, with_auxiliary(), llm) as server:
@@ -415,7 +415,7 @@ async def test_a_distillation_that_fails_loses_nothing(tmp_path: Path, monkeypat
             await server.send(upload(device, 0, seed=i, num_examples=10 * (i + 1)))
         await helpers.until(lambda: len(llm.jobs) > 2)
         known = {server.ledger.state.adapter, *(waiting.blob for waiting in server.ledger.state.buffer)}
-        answer = await server.client.get("/healthz")
+        answer = await server.client.get("/readyz")
         assert (answer.status, await answer.text()) == (
             503,
             "version 1 cannot be made: the LLM's process answered Perplexity\n",
@@ -427,7 +427,7 @@ async def test_a_distillation_that_fails_loses_nothing(tmp_path: Path, monkeypat
         await server.send(upload("d3", 0))  # is taken meanwhile, and is for the next version
         llm.troubles.clear()
         await helpers.until(lambda: server.ledger.state.version == 1 and not server.ledger.trouble)
-        assert (await server.client.get("/healthz")).status == 200
+        assert (await server.client.get("/readyz")).status == 200
         state = server.ledger.state
 
     assert equal(adapter(tmp_path, state.adapter), expected(1)[1])

@@ -188,7 +188,7 @@ async def test_a_member_takes_part(world: World) -> None:
     ],
 )
 async def test_what_is_not_signed_is_refused(world: World, method: str, path: str) -> None:
-    """Every call but the operator's and `/healthz`, those that do not exist included."""
+    """Every call but the operator's and those that are open to all, those that do not exist included."""
     problem = await world.refuses("unsigned", method, path, b"{}")
 
     assert "edge-agent join" in problem.detail

@@ -49,9 +49,9 @@ from tests.server_helpers import (
 )
 
 
-async def with_devices(data: Path, run: RunSettings | None = None, devices: int = 2) -> Ledger:
+async def with_devices(data: Path, run: RunSettings | None = None, devices: int = 2, **more: Any) -> Ledger:
     """An open ledger at version 0 that knows `d1`, `d2`, ... and makes no versions of its own."""
-    ledger = open_ledger(data, run)
+    ledger = open_ledger(data, run, **more)
     await ledger.open()
     for i in range(1, devices + 1):
         await ledger.enroll(f"d{i}", f"name {i}")
@@ -108,14 +108,14 @@ async def test_opening_twice_publishes_once(tmp_path: Path) -> None:
 
 
 async def test_a_receipt_means_it_is_on_disk(tmp_path: Path) -> None:
-    """Once an update is answered, another process finds its event and its bytes."""
-    ledger = await with_devices(tmp_path)
+    """Once an update is answered, another process finds its event, with the time it came at, and its bytes."""
+    ledger = await with_devices(tmp_path, now=lambda: 99.5)
     body = upload("d1", 0, num_examples=7)
     receipt = await take(ledger, body)
     sha256 = hashlib.sha256(body).hexdigest()
 
     assert receipt == Receipt(wire.update_id("d1", 0, sha256), 0)
-    assert helpers.events(tmp_path)[-1] == Accepted(receipt.id, "d1", 0, sha256, len(body), 7, {"loss": 0.5})
+    assert helpers.events(tmp_path)[-1] == Accepted(receipt.id, "d1", 0, sha256, len(body), 7, {"loss": 0.5}, at=99.5)
     assert (tmp_path / "blobs" / sha256).read_bytes() == body
     ledger.close()
 

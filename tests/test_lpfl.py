@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
 
-from edge_sdk.errors import SettingsError
-from edge_sdk.protocol import Evaluate, Finished, Train, Wait
+from edge_sdk.adapters import Array
+from edge_sdk.errors import SettingsError, WireError
+from edge_sdk.protocol import Evaluate, Finished, Train, Update, Wait
 from edge_sdk.training.batches import Training
+from edge_server import coordinator
 from edge_server.aggregation import Contribution
 from edge_server.cohorts import Secure
-from edge_server.coordinator import Buffered, Device, State
+from edge_server.coordinator import Accepted, Buffered, Device, State
 from edge_server.robust import Krum, Median, NormBounded, TrimmedMean
 from edge_server.systems import lpfl
 from edge_server.systems.lpfl import LpFl
@@ -106,13 +108,13 @@ def test_a_run_is_finished_when_everybody_measured_the_last_version() -> None:
 
 def test_a_version_is_due_when_the_buffer_is_full() -> None:
     """One update of two makes nothing; of three, the two oldest are taken."""
-    assert lpfl.averaged(EVERY, at(3, buffered=1)) == ()
-    assert [b.blob for b in lpfl.averaged(EVERY, at(3, buffered=3))] == ["b0", "b1"]
+    assert lpfl.averaged(EVERY, at(3, buffered=1), 0.0) == ()
+    assert [b.blob for b in lpfl.averaged(EVERY, at(3, buffered=3), 0.0)] == ["b0", "b1"]
 
 
 def test_late_updates_make_no_version_after_the_last() -> None:
     """A run of 4 versions ends at version 4: devices that were told so have left with it."""
-    assert lpfl.averaged(EVERY, at(4, buffered=9)) == ()
+    assert lpfl.averaged(EVERY, at(4, buffered=9), 0.0) == ()
 
 
 def test_version_0_changes_nothing() -> None:
@@ -132,6 +134,78 @@ def test_a_step_uses_the_runs_settings() -> None:
     new = lpfl.step(LpFl(server_lr=0.5, max_examples=2), factories.SPEC, {"w": np.array([10.0], np.float32)}, buffer)
 
     assert float(new["w"][0]) == 11.0
+
+
+updates = st.tuples(st.integers(1, 5000), strategies.adapters(factories.SPEC.shapes(), st.floats(-10, 10, width=32)))
+
+
+@given(st.lists(updates, min_size=1, max_size=6))
+def test_a_synchronous_version_is_fedavg(sent: list[tuple[int, dict[str, Array]]]) -> None:
+    """With a buffer of all devices and no staleness it is the mean of what they trained, weighted by examples (McMahan 2017)."""
+    run = LpFl(buffer_size=len(sent), max_staleness=0, clip_norm=0.0)
+    state = State(0, ("a0",), devices=Map({str(i): Device("x") for i in range(len(sent))}))
+    for i, (examples, _) in enumerate(sent):
+        assert lpfl.averaged(run, state, math.inf) == ()
+        update = Update(str(i), 0, examples, {})
+        event = coordinator.accept(state, update, f"u{i}", f"b{i}", 1, run.max_staleness, now=0.0)
+        assert isinstance(event, Accepted)
+        state = coordinator.apply(state, event)
+    batch = lpfl.averaged(run, state, 0.0)
+    assert [(each.blob, each.staleness) for each in batch] == [(f"b{i}", 0) for i in range(len(sent))]
+
+    start = lpfl.start(run, factories.SPEC)
+    found = lpfl.step(
+        run, factories.SPEC, start, [Contribution(d, b.num_examples, b.staleness) for b, (_, d) in zip(batch, sent, strict=True)]
+    )
+    total = sum(examples for examples, _ in sent)
+    for name, array in found.items():
+        trained = [examples * (start[name].astype(np.float64) + delta[name]) for examples, delta in sent]
+        np.testing.assert_allclose(array, sum(trained) / total, rtol=0, atol=2e-6)
+
+
+def test_who_comes_late_to_a_synchronous_version_is_refused() -> None:
+    """With a staleness of 0 an update of version 0 counts for version 1 or not at all."""
+    state = State(1, ("a0", "a1"), devices=Map({"d1": Device("x")}))
+
+    with pytest.raises(WireError) as refused:
+        coordinator.accept(state, Update("d1", 0, 1, {}), "u", "b", 1, 0, now=0.0)
+    assert refused.value.code == "too-stale"
+
+
+def test_a_version_made_at_its_deadline_is_of_those_that_answered() -> None:
+    """Two devices of four are enough after ten minutes; neither one nor nine minutes are."""
+    run = LpFl(versions=4, buffer_size=4, max_staleness=0, deadline_seconds=600.0, least=2)
+
+    assert [len(lpfl.averaged(run, at(1, buffered=n), 600.0)) for n in range(5)] == [0, 0, 2, 3, 4]
+    assert [len(lpfl.averaged(run, at(1, buffered=n), 540.0)) for n in range(5)] == [0, 0, 0, 0, 4]
+    assert lpfl.averaged(run, at(4, buffered=4), 600.0) == ()
+
+
+def test_what_would_be_refused_is_not_worth_training_on() -> None:
+    """The oldest version of use lies `max_staleness` back; a cohort of secure averaging takes only the newest."""
+    secure = LpFl(secure=Secure(threshold=3))
+
+    assert lpfl.oldest(LpFl(max_staleness=2), at(5)) == 3
+    assert lpfl.oldest(secure, at(5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"least": 0}, "lpfl.least"),
+        ({"least": 5}, "lpfl.least"),
+        ({"deadline_seconds": -1.0}, "deadline_seconds"),
+        ({"deadline_seconds": math.nan}, "deadline_seconds"),
+        ({"lease_seconds": 0.0}, "lease_seconds"),
+        ({"lease_seconds": math.inf}, "lease_seconds"),
+        ({"concurrency": -1}, "concurrency"),
+        ({"rule": Krum(), "buffer_size": 9, "deadline_seconds": 1.0}, "lpfl.least"),
+        ({"secure": Secure(threshold=3), "deadline_seconds": 1.0}, "lpfl.deadline_seconds at 0"),
+    ],
+)
+def test_limits_that_cannot_be_held_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        LpFl(**changes)
 
 
 @pytest.mark.parametrize(

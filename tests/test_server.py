@@ -102,7 +102,7 @@ async def problem(answer: ClientResponse) -> Problem:
 
 async def traces(server: Running) -> tuple[object, ...]:
     """Everything a refused request must leave as it was."""
-    answer = await server.client.get("/healthz")
+    answer = await server.client.get("/readyz")
     assert (answer.status, await answer.text()) == (200, "ok\n")
     return await server.status(), server.ledger.state, helpers.blobs(server.data), helpers.events(server.data)
 
@@ -169,11 +169,11 @@ async def test_the_new_version_is_the_fold_of_the_uploads(server: Running) -> No
 
 
 async def test_a_device_that_has_sent_waits(server: Running) -> None:
-    """The device is not asked for a second update of the same version."""
+    """The device is not asked for a second update of the same version, and waits half to one and a half times `wait_seconds`."""
     await server.send(upload("d1", 0))
     answer = await post(server, "/v1/work", encode(Ask("d1", True)))
 
-    assert wire.decode(await answer.read(), Wait) == Wait(0.25)
+    assert 0.125 <= wire.decode(await answer.read(), Wait).seconds < 0.375
 
 
 async def test_a_repeated_upload_gets_the_first_receipt(server: Running) -> None:
@@ -564,7 +564,7 @@ async def test_no_damaged_upload_is_a_server_error(at_3: Running) -> None:
     assert "internal" not in codes
     assert {"bad-tensors", "wrong-shape", "bad-message"} <= codes.keys()
     await helpers.until(lambda: len(helpers.blobs(at_3.data)) <= len(blobs) + 2)  # one update and its version at most
-    assert (await at_3.client.get("/healthz")).status == 200
+    assert (await at_3.client.get("/readyz")).status == 200
 
 
 async def test_the_devices_client_reads_the_refusals(server: Running) -> None:
@@ -591,7 +591,7 @@ async def test_messages_are_only_what_the_protocol_says(server: Running) -> None
 
 
 async def test_trouble_with_a_version_is_told_to_whoever_watches(tmp_path: Path) -> None:
-    """While no version can be made, `/healthz` answers 503 with the reason, and updates are still taken; then all is well."""
+    """While no version can be made, `/readyz` answers 503 with the reason, and updates are still taken; then all is well."""
     async with helpers.running(tmp_path) as server:
         await server.enroll("d1", "d2", "d3")
         in_the_way = tmp_path / "versions" / "0001"
@@ -599,7 +599,7 @@ async def test_trouble_with_a_version_is_told_to_whoever_watches(tmp_path: Path)
         for device in ("d1", "d2"):
             await server.send(helpers.upload(device, 0))
         await helpers.until(lambda: bool(server.ledger.trouble))
-        answer = await server.client.get("/healthz")
+        answer = await server.client.get("/readyz")
         assert answer.status == 503
         assert "version 1 cannot be made" in await answer.text()
 
@@ -607,7 +607,7 @@ async def test_trouble_with_a_version_is_told_to_whoever_watches(tmp_path: Path)
         await server.send(helpers.upload("d3", 0))
         await server.reaches(1)
         await helpers.until(lambda: not server.ledger.trouble)
-        assert (await server.client.get("/healthz")).status == 200
+        assert (await server.client.get("/readyz")).status == 200
 
 
 async def test_a_body_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -884,7 +884,7 @@ async def test_an_llm_that_fails_is_told_to_whoever_watches(tmp_path: Path, monk
     llm = Simulator([JobFailed("the LLM cannot write: no memory")] * 10**6)
     async with running(tmp_path, with_llm(), llm) as server:
         await helpers.until(lambda: bool(server.ledger.trouble))
-        answer = await server.client.get("/healthz")
+        answer = await server.client.get("/readyz")
         assert (answer.status, await answer.text()) == (503, "version 1 cannot be made: the LLM cannot write: no memory\n")
         await server.enroll("d1")
         wire.decode(await (await post(server, "/v1/work", encode(Ask("d1", True)))).read(), Train)
@@ -892,7 +892,7 @@ async def test_an_llm_that_fails_is_told_to_whoever_watches(tmp_path: Path, monk
 
         llm.troubles.clear()
         await helpers.until(lambda: len(server.ledger.state.sheets) == 1 and not server.ledger.trouble)
-        assert (await server.client.get("/healthz")).status == 200
+        assert (await server.client.get("/readyz")).status == 200
     assert llm.closed
 
 
@@ -1116,7 +1116,7 @@ async def test_no_bytes_are_a_server_error(tmp_path: Path) -> None:
                         body[at:at] = body[at : at + rng.randint(1, 9)]
             answer = await post(server, "/v1/results", bytes(body), MASKED_TYPE)
             codes.add("accepted" if answer.status == 200 else (await problem(answer)).code)
-        assert (await server.client.get("/healthz")).status == 200
+        assert (await server.client.get("/readyz")).status == 200
 
     assert "internal" not in codes
     assert {"accepted", "already-answered", "bad-tensors", "wrong-shape", "bad-message"} <= codes

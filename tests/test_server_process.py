@@ -209,7 +209,7 @@ def test_it_serves_until_it_is_told_to_stop(site: Site, capsys: pytest.CaptureFi
         f"  name of d1: 1 updates, {status.devices[0].uploaded_bytes:,} bytes",
     ]
     assert [device.updates for device in status.devices] == [1, 1, 1]
-    assert site.said == ""
+    assert [line.split()[1:4] for line in site.said.splitlines()] == [["INFO", "edge_server.watch:", "upload"]] * 3
 
 
 def test_a_new_process_goes_on_where_the_old_one_stopped(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

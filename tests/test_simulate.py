@@ -157,6 +157,54 @@ def test_who_waits_asks_again_on_its_own_beat() -> None:
     assert [version.seconds for version in alone] == [0.0, 10.0, 27.0, 44.0, 61.0]
 
 
+# Who may train --------------------------------------------------------------------------------------------------------
+def test_no_more_devices_train_than_may() -> None:
+    """Six devices, two places: they take turns of 105 s, asking every second; without a limit all train at once."""
+    limited = play(changed(buffer_size=2, concurrency=2), Fleet(6, EQUAL))
+    free = play(changed(buffer_size=2), Fleet(6, EQUAL))
+
+    assert [(v.seconds, {device for device, _ in v.made_of}) for v in limited[1:]] == [
+        *((105.0, {0, 1}), (210.0, {2, 3}), (315.0, {4, 5}), (421.0, {0, 1})),
+    ]
+    assert {tuple(version.staleness) for version in limited[1:]} == {(0,)}
+    assert [version.seconds for version in free[1:4]] == [105.0] * 3
+
+
+def test_staleness_is_concurrency_over_the_buffers_size() -> None:
+    """Little's law: 40 devices train at once, 10 make a version, so an update is about 4 versions old."""
+    settings = changed(buffer_size=10, versions=150, concurrency=40, wait_seconds=20.0)
+    settled = play(settings, Fleet(100, HalfNormal()))[30:]
+    stale = sum((Counter(version.staleness) for version in settled), Counter[int]())
+
+    assert sum(s * n for s, n in stale.items()) / stale.total() == pytest.approx(4.0, rel=0.1)
+
+
+def test_the_place_of_a_device_that_is_gone_is_free_when_its_lease_ends() -> None:
+    """The first of two devices begins and never comes back; the other waits 500 s for its place and trains 105."""
+    fleet = next(f for f in (Fleet(2, EQUAL, gone=0.5, seed=s) for s in range(99)) if gone(f) == [True, False])
+    found = play(changed(buffer_size=1, concurrency=1, lease_seconds=500.0), fleet)
+
+    assert [(version.seconds, version.made_of) for version in found[:2]] == [(0.0, ()), (605.0, ((1, 0),))]
+
+
+def test_a_deadline_ends_the_wait_of_a_synchronous_run() -> None:
+    """Some of ten devices are gone: every version is made 600 s after its first update, of all that are left."""
+    fleet = Fleet(10, EQUAL, gone=0.3, seed=1)
+    left = gone(fleet).count(False)
+    found = play(changed(buffer_size=10, max_staleness=0, deadline_seconds=600.0, least=left), fleet)
+
+    assert 0 < left < 10
+    assert [version.seconds for version in found] == [0.0, *(705.0 + 706.0 * i for i in range(4))]
+    assert {len(version.made_of) for version in found[1:]} == {left}
+    assert len(play(changed(buffer_size=10, deadline_seconds=600.0, least=left + 1), fleet)) == 1
+
+
+def gone(fleet: Fleet) -> list[bool]:
+    """Which devices of a fleet never answer: their first draw says so."""
+    chances = (np.random.default_rng((0, fleet.seed, device)) for device in range(fleet.devices))
+    return [float(chance.random()) < fleet.gone for chance in chances]
+
+
 # What goes wrong ------------------------------------------------------------------------------------------------------
 def test_devices_that_are_gone_stop_a_synchronous_run_and_no_asynchronous_one() -> None:
     """A round that waits for all waits for ever, and the simulation ends; a small buffer is filled by the others."""

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import secrets
 import signal
@@ -13,19 +14,21 @@ import ssl
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from edge_sdk import bundle as bundles
-from edge_sdk import corpus, files
+from edge_sdk import conditions, corpus, files
 from edge_sdk.errors import DataError, EdgeError, SettingsError
 from edge_sdk.protocol import Line, Sample, Withdrawal
 from edge_sdk.tasks import Example, Task
-from edge_sdk.transport import Api, HttpTransport
+from edge_sdk.transport import Api
 from edge_sdk.wire import encode, pack_lines
-from edge_server import desk, failpoints, forecast
+from edge_server import console, desk, environment, failpoints, forecast, logs
 from edge_server import settings as run_settings
+from edge_server.console import ADMIN_TOKEN
+from edge_server.intake import LIMIT, Intake
 from edge_server.knowledge.filters import Embed
 from edge_server.llm.jobs import Slm
 from edge_server.settings import SYSTEMS
@@ -33,66 +36,50 @@ from edge_server.settings import SYSTEMS
 if TYPE_CHECKING:
     from edge_server.guard import Guard
 
-ADMIN_TOKEN = "admin.token"  # noqa: S105  # the file's name
+HEAD_SECONDS = 30.0  # a connection on which no request's head is complete by then is closed
+LINGER_SECONDS = 3.0  # what a device goes on sending after a refusal is thrown away, so that it gets to read the refusal
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 wrong settings or arguments, 1 anything else."""
     parser = argparse.ArgumentParser(prog="edge-server", description="The light asynchronous server of tandem-edge.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    serve = verbs.add_parser("serve", help="run one federated system until stopped")
-    serve.add_argument("--config", type=Path, required=True, help="TOML file of the run, e.g. examples/minilm.toml")
-    serve.add_argument(
-        "--bundle",
-        type=Path,
-        required=True,
-        action="append",
-        help="folder made by `edge-export bundle`; with FedMKT again for each model, which devices choose by the folder's name",
-    )
-    serve.add_argument("--data", type=Path, required=True, help="folder of this run's events, blobs and versions")
-    serve.add_argument("--state", default="", help="postgresql://user@host/database of events (default: a SQLite file in --data)")
-    serve.add_argument("--snapshot-every", type=int, default=500, help="events between two snapshots (default: %(default)s)")
-    serve.add_argument("--system", choices=SYSTEMS, help="another system than the file's, with its table of settings")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8440, help="0 for any free port (default: %(default)s)")
-    serve.add_argument(
-        "--require-tokens",
-        action="store_true",
-        help="devices need a token and sign what they send; always so beyond this machine, and once a token was minted",
-    )
-    serve.add_argument("--admin-token-file", type=Path, help=f"made at the first start (default: {ADMIN_TOKEN} in --data)")
-    serve.add_argument("--tls-cert", type=Path, help="PEM file of the server's certificate, and of those it comes from")
-    serve.add_argument("--tls-key", type=Path, help="PEM file of its private key")
-    serve.add_argument(
-        "--plain-http", action="store_true", help="listen beyond this machine without TLS, behind a proxy that has it"
-    )
-    status = verbs.add_parser("status", help="where a run stands")
-    status.add_argument("server", help="URL")
-    status.add_argument("--json", action="store_true")
+    serve = verbs.add_parser("serve", help="run one federated system until stopped", epilog=environment.HELP)
+    _settings(serve)
+    console.arguments(verbs)
+    config = verbs.add_parser("config", help="the settings as `serve` would go by them: file, environment and flags")
+    show = config.add_subparsers(dest="do", required=True).add_parser("show", epilog=environment.HELP)
+    _settings(show, run=False)
     synthetic = verbs.add_parser("synthetic", help="the LLM's texts that devices judged good")
     synthetic.add_argument("do", choices=("list", "show", "withdraw", "export"))
     synthetic.add_argument("server", help="URL")
     synthetic.add_argument("what", nargs="?", default="", help="a sample's id (show, withdraw) or a file (export)")
     synthetic.add_argument("--json", action="store_true")
-    for made in (status, synthetic):
-        made.add_argument("--ca", type=Path, help="file of the server's certificate, where the system does not trust it anyway")
-        made.add_argument("--admin-token-file", type=Path, help=f"{ADMIN_TOKEN} of the server's --data, if devices need tokens")
+    console.access(synthetic)
     desk.arguments(verbs)
     simulate = verbs.add_parser("simulate", help="what a run's settings would do with thousands of devices, in virtual time")
     forecast.arguments(simulate)
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    spoken = sys.argv[1:] if arguments is None else arguments
     try:
+        for verb, flags in (("serve", serve), ("config", show)):
+            if spoken[:1] == [verb]:
+                environment.apply(flags, os.environ)
+        args = parser.parse_args(spoken)
         if args.verb == "serve":
+            logs.start(args.log, logging.INFO)
             asyncio.run(_serve(args))
+            return 0
+        logs.start()
+        if args.verb in console.VERBS:
+            console.run(args)
+        elif args.verb == "config":
+            console.show(args, show)
         elif args.verb == "synthetic":
             asyncio.run(_synthetic(args))
         elif args.verb == "simulate":
             forecast.run(args)
-        elif args.verb in ("token", "device"):
-            desk.run(args)
         else:
-            asyncio.run(_status(args))
+            desk.run(args)
     except ModuleNotFoundError as error:
         extra = "postgres" if error.name == "psycopg" else "server"
         print(f"edge-server: {error.name} is not installed; run: pip install 'tandem-edge[{extra}]'", file=sys.stderr)
@@ -108,11 +95,50 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _settings(serve: argparse.ArgumentParser, run: bool = True) -> None:
+    """The flags of `serve`; what only a run needs may be missing where there is none."""
+    serve.add_argument("--config", type=Path, required=True, help="TOML file of the run, e.g. examples/minilm.toml")
+    serve.add_argument(
+        "--bundle",
+        type=Path,
+        required=run,
+        action=environment.Each,
+        help="folder made by `edge-export bundle`; with FedMKT again for each model, which devices choose by the folder's name",
+    )
+    serve.add_argument("--data", type=Path, required=run, help="folder of this run's events, blobs and versions")
+    serve.add_argument("--state", default="", help="postgresql://user@host/database of events (default: a SQLite file in --data)")
+    serve.add_argument("--snapshot-every", type=int, default=500, help="events between two snapshots (default: %(default)s)")
+    serve.add_argument("--system", choices=SYSTEMS, help="another system than the file's, with its table of settings")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8440, help="0 for any free port (default: %(default)s)")
+    serve.add_argument(
+        "--max-in-flight-mb",
+        type=float,
+        default=LIMIT / 1e6,
+        help="bodies that are received at once; further devices are asked to come again (default: %(default).0f)",
+    )
+    serve.add_argument(
+        "--log", choices=logs.FORMS, default="text", help="how stderr tells of uploads and refusals (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--require-tokens",
+        action="store_true",
+        help="devices need a token and sign what they send; always so beyond this machine, and once a token was minted",
+    )
+    serve.add_argument("--admin-token-file", type=Path, help=f"made at the first start (default: {ADMIN_TOKEN} in --data)")
+    serve.add_argument("--tls-cert", type=Path, help="PEM file of the server's certificate, and of those it comes from")
+    serve.add_argument("--tls-key", type=Path, help="PEM file of its private key")
+    serve.add_argument(
+        "--plain-http", action="store_true", help="listen beyond this machine without TLS, behind a proxy that has it"
+    )
+
+
 async def _serve(args: argparse.Namespace) -> None:
     from edge_server.app import create_app  # here, so that `status` needs no SQLAlchemy
     from edge_server.compute import LocalCompute
     from edge_server.ledger import Ledger
 
+    conditions.share_heap()  # updates are opened in several threads
     tls = _tls(args.tls_cert, args.tls_key)
     if tls is None and not args.plain_http and not _is_local(args.host):
         raise SettingsError(
@@ -146,7 +172,9 @@ async def _serve(args: argparse.Namespace) -> None:
         for name, file in bundle.files.items():
             ledger.blobs.adopt(each / name, file.sha256)
     guard = _guard(args)
-    runner = web.AppRunner(create_app(ledger, guard), access_log=None, handle_signals=False, shutdown_timeout=5)
+    app = create_app(ledger, guard, _intake(args.max_in_flight_mb, max(ledger.body_limit, ledger.judgment_limit)))
+    slow: dict[str, Any] = {"keepalive_timeout": HEAD_SECONDS, "lingering_time": LINGER_SECONDS}
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5, **slow)
     await runner.setup()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -183,6 +211,15 @@ def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
     return context
 
 
+def _intake(megabytes: float, largest: int) -> Intake:
+    """Raises: SettingsError: the largest body of this run would never be let in."""
+    if not largest <= megabytes * 1e6 < math.inf:
+        raise SettingsError(
+            f"--max-in-flight-mb must be at least {math.ceil(largest / 1e6)}: so large may one upload of this run be"
+        )
+    return Intake(int(megabytes * 1e6))
+
+
 def _guard(args: argparse.Namespace) -> Guard | None:
     """Who may call what; None where only this machine can, and no token was ever minted."""
     from edge_server.admission import NAME, Admission
@@ -197,33 +234,6 @@ def _guard(args: argparse.Namespace) -> Guard | None:
         raise SettingsError(f"the admin token in {path} has fewer than 16 characters; delete it, and the server makes another")
     start = time.time() - time.monotonic()  # a clock that never goes back: what is forgotten stays refused
     return Guard(Admission(args.data), Gate(secrets.token_hex(8)), admin, lambda: start + time.monotonic())
-
-
-def _admin(path: Path | None) -> str:
-    """The operator's token; "" for none."""
-    return "" if path is None else path.read_text().strip()
-
-
-async def _status(args: argparse.Namespace) -> None:
-    async with HttpTransport(args.server, ca=args.ca, bearer=_admin(args.admin_token_file)) as transport:
-        status = await Api(transport).status()
-    if args.json:
-        print(encode(status).decode())
-        return
-    print(
-        f"{status.system}: version {status.version}, {status.buffered} updates waiting{', finished' if status.finished else ''}"
-    )
-    for number, sheet in enumerate(status.sheets):
-        became = "not decided" if sheet.accepted < 0 else f"{sheet.accepted} accepted ({sheet.acceptance:.0%})"
-        print(f"  sheet {number}: {sheet.written} texts, {sheet.judges} judges, {became}")
-    for device in status.devices:
-        newest = max(
-            (m for m in status.measurements if m.device == device.id and "accuracy" in m.metrics),
-            key=lambda m: m.version,
-            default=None,
-        )
-        accuracy = f", accuracy {newest.metrics['accuracy']:.3f} at version {newest.version}" if newest else ""
-        print(f"  {device.name}: {device.updates} updates, {device.uploaded_bytes:,} bytes{accuracy}")
 
 
 def _labelled(path: Path, task: Task, setting: str) -> tuple[Example, ...]:
@@ -253,7 +263,7 @@ async def _synthetic(args: argparse.Namespace) -> None:
         raise SettingsError(
             f"`edge-server synthetic {args.do} URL` needs {'a file' if args.do == 'export' else 'the id of a sample'}"
         )
-    async with HttpTransport(args.server, ca=args.ca, bearer=_admin(args.admin_token_file)) as transport:
+    async with console.transport(args) as transport:
         api = Api(transport)
         if args.do == "withdraw":
             await api.withdraw(args.what)

@@ -6,7 +6,8 @@ Rules kept here and nowhere else:
 2. An update is named by its device, base version and bytes; sending it again gets the first receipt and changes nothing.
 3. A device contributes at most one update per base version.
 4. An update whose base is older than `max_staleness` versions is refused.
-5. The next version is made from the `buffer_size` oldest updates of the buffer, and from nothing else.
+5. The next version is made from the `buffer_size` oldest updates of the buffer, or, where these have waited too long, from the
+   `least` or more that are there; and from nothing else.
 
 `ledger.py` does the disk, `runs.py` says which system it is, and `systems/` what a device should do and how a version is made.
 """
@@ -44,7 +45,7 @@ class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="enr
 
 
 class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="accepted"):
-    """An update whose bytes are the blob `blob` of `size` bytes."""
+    """An update whose bytes are the blob `blob` of `size` bytes; it came `at` so many seconds since the epoch."""
 
     id: str
     device: str
@@ -53,6 +54,7 @@ class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="acc
     size: int
     num_examples: int
     metrics: Metrics
+    at: float = 0.0
 
 
 class Evaluated(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="evaluated"):
@@ -182,6 +184,7 @@ class Buffered:
     num_examples: int
     staleness: int
     version: int
+    at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -297,7 +300,7 @@ def _after_update(state: State, event: Accepted) -> State:
     sender = state.devices[event.device]
     trained, uploaded = max(sender.trained, event.version), sender.uploaded_bytes + event.size
     sender = replace(sender, trained=trained, updates=sender.updates + 1, uploaded_bytes=uploaded)
-    waiting = Buffered(event.blob, event.num_examples, state.version - event.version, event.version)
+    waiting = Buffered(event.blob, event.num_examples, state.version - event.version, event.version, event.at)
     state = replace(_heard(state, "update", event, sender), buffer=(*state.buffer, waiting))
     return _with_blob(state, event.device, event.blob)
 
@@ -373,7 +376,7 @@ def is_private(state: State, blob: str) -> bool:
     return blob in state.sent
 
 
-def accept(state: State, update: Update, id: str, blob: str, size: int, max_staleness: int) -> Accepted | Receipt:
+def accept(state: State, update: Update, id: str, blob: str, size: int, max_staleness: int, now: float) -> Accepted | Receipt:
     """The event that takes an update in, or the receipt it already has.
 
     Raises:
@@ -389,7 +392,7 @@ def accept(state: State, update: Update, id: str, blob: str, size: int, max_stal
         raise WireError(
             "too-stale", f"version {update.version} is over {max_staleness} behind {state.version}; ask for work", 409
         )
-    return Accepted(id, update.device, update.version, blob, size, update.num_examples, update.metrics)
+    return Accepted(id, update.device, update.version, blob, size, update.num_examples, update.metrics, now)
 
 
 def take(state: State, evaluation: Evaluation, id: str) -> Evaluated | Receipt:
@@ -473,9 +476,17 @@ def sheet_of(state: State, number: int) -> Sheet:
     return state.sheets[number]
 
 
-def due(state: State, buffer_size: int) -> tuple[Buffered, ...]:
-    """The updates the next version is made from; empty while the buffer is not full."""
-    return state.buffer[:buffer_size] if len(state.buffer) >= buffer_size else ()
+def due(state: State, buffer_size: int, least: int, deadline_seconds: float, now: float) -> tuple[Buffered, ...]:
+    """The updates the next version is made from; empty while others are waited for.
+
+    Args:
+        buffer_size: how many are waited for.
+        least: how many are enough once the oldest has waited for `deadline_seconds`; 0 seconds for waiting without end.
+        now: on the clock of `Buffered.at`.
+    """
+    waiting = state.buffer[:buffer_size]
+    late = bool(waiting) and 0 < deadline_seconds <= now - waiting[0].at
+    return waiting if len(waiting) >= (least if late else buffer_size) else ()
 
 
 def status(state: State, system: str, finished: bool) -> Status:
@@ -487,7 +498,7 @@ def status(state: State, system: str, finished: bool) -> Status:
         SheetStatus(s.count, len(s.ballots), s.samples if s.judged else -1, s.acceptance if s.judged else -1.0)
         for s in state.sheets
     )
-    return Status(system, state.version, state.adapter, len(state.buffer), finished, devices, measured, sheets)
+    return Status(system, state.version, state.adapter, len(state.buffer), finished, devices, measured, sheets, state.adapters)
 
 
 def _cohort(state: State) -> Cohort:

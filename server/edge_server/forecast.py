@@ -64,6 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--versions", type=int, help="how many are made (default: the file's)")
     parser.add_argument("--buffer-size", type=int, help="updates that make a version (default: the file's)")
     parser.add_argument("--max-staleness", type=int, help="versions an update may be behind (default: the file's)")
+    parser.add_argument("--concurrency", type=int, help="devices that may train at once (default: the file's)")
     parser.add_argument("--delays", choices=("tiers", "half-normal"), default="tiers", help="(default: %(default)s)")
     parser.add_argument("--means", type=float, nargs="+", help="tiers: seconds of training (default: 100 200 400)")
     parser.add_argument("--spread", type=float, help="tiers: standard deviation, as a share of the mean (default: 0.01)")
@@ -136,7 +137,7 @@ def _settings(args: argparse.Namespace) -> LpFl:
     averaged = run_settings.load(args.config, args.system).averaged
     if averaged is None:
         raise SettingsError("what devices learn stays with them in this system: there is nothing to simulate; take lpfl")
-    return msgspec.structs.replace(averaged, **_given(args, "versions", "buffer_size", "max_staleness"))
+    return msgspec.structs.replace(averaged, **_given(args, "versions", "buffer_size", "max_staleness", "concurrency"))
 
 
 def _delays(args: argparse.Namespace) -> Delays:

@@ -18,8 +18,8 @@ from edge_server.admission import Admission
 from edge_server.coordinator import check_signer
 from edge_server.gate import Gate
 
-OPEN = {"/healthz"}
-ADMIN = {"/v1/status", "/v1/synthetic/withdraw"}
+OPEN = {"/healthz", "/readyz", "/openapi.json"}
+ADMIN = {"/v1/status", "/v1/synthetic/withdraw", "/metrics"}
 BOTH = {"/v1/synthetic"}
 ENROLL = "/v1/enroll"
 CLAIM = web.RequestKey("claim", Claim)
@@ -46,12 +46,12 @@ class Guard:
         """Every 401 says how it is done: what a device corrects itself by, or that the operator's token is wanted."""
         if answer.status == 401:
             clock = Clock(self._gate.epoch, int(self._now())).header
-            answer.headers["WWW-Authenticate"] = "Bearer" if _route(request) in ADMIN else clock
+            answer.headers["WWW-Authenticate"] = "Bearer" if route_of(request) in ADMIN else clock
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Raises: WireError: whoever sends this may not."""
-        route = _route(request)
+        route = route_of(request)
         if route in OPEN:
             return await handler(request)
         if route in ADMIN or (route in BOTH and "Authorization" in request.headers):
@@ -79,7 +79,7 @@ class Guard:
             raise WireError("not-admin", "this is the operator's: send the admin token, --admin-token-file FILE", 401)
 
 
-def _route(request: web.Request) -> str:
+def route_of(request: web.Request) -> str:
     """The route whose handler is to be called, however the path is spelled; "" for none."""
     resource = request.match_info.route.resource
     return "" if resource is None else resource.canonical

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from aiohttp import web
 
 from edge_sdk.cohort import Advertise, Reveal, Shares
 from edge_sdk.errors import WireError
-from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem, Trained, Withdraw
+from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem, Receipt, Trained, Withdraw
 from edge_sdk.wire import (
     JSON_TYPE,
     JUDGMENT_TYPE,
@@ -27,19 +29,23 @@ from edge_sdk.wire import (
     pack_lines,
 )
 from edge_server.guard import GUARD, check_body, own, signer_of
+from edge_server.intake import Intake
 from edge_server.ledger import Ledger
 
-BODY_SECONDS = 600.0  # a slow line may take its time, a silent one may not hold a file for ever
+BODY_SECONDS = 600.0  # a slow line may take its time, but not hold a file for ever
+IDLE_SECONDS = 60.0  # and a silent one is given up before
 PAGE = 1000  # lines of synthetic data in an answer
+Room = Callable[[int], None]  # told how many bytes of a body are next; see `Intake.room`
 Spoken = Advertise | Shares | Reveal  # of secure averaging
 LEDGER = web.AppKey("ledger", Ledger)
+INTAKE = web.AppKey("intake", Intake)
 log = logging.getLogger(__name__)
 routes = web.RouteTableDef()
 
 
 @routes.post("/v1/enroll")
 async def enroll(request: web.Request) -> web.Response:
-    message = decode(await _body(request), Enroll)
+    message = decode(await _message(request), Enroll)
     if message.protocol != PROTOCOL:
         raise WireError("wrong-protocol", f"this server speaks protocol {PROTOCOL}, the device {message.protocol}")
     own(request, message.device)
@@ -50,34 +56,42 @@ async def enroll(request: web.Request) -> web.Response:
 
 @routes.post("/v1/work")
 async def work(request: web.Request) -> web.Response:
-    message = decode(await _body(request), Ask)
+    message = decode(await _message(request), Ask)
     own(request, message.device)
-    return _json(encode(request.app[LEDGER].plan(message.device, message.can_train)))
+    return _json(encode(request.app[LEDGER].ask(message.device, message.can_train)))
 
 
 @routes.post("/v1/results")
 async def results(request: web.Request) -> web.Response:
     ledger = request.app[LEDGER]
+    tensors = dict.fromkeys((TENSORS_TYPE, MASKED_TYPE), ledger.body_limit)
+    limit = {JSON_TYPE: MAX_JSON, JUDGMENT_TYPE: ledger.judgment_limit, **tensors}.get(request.content_type)
+    if limit is None:
+        raise WireError("wrong-type", f"send {TENSORS_TYPE}, {MASKED_TYPE}, {JUDGMENT_TYPE} or {JSON_TYPE}", 415)
+    with _room(request, limit) as room:
+        return _json(encode(await _take(request, ledger, limit, room)))
+
+
+async def _take(request: web.Request, ledger: Ledger, limit: int, room: Room) -> Receipt:
+    """A result of one of the four types; on disk when this returns."""
     if request.content_type == JSON_TYPE:
-        body = await _body(request)
+        body = await _body(request, limit, room)
         report: Evaluation | Trained | Spoken = decode(body, Evaluation | Trained | Spoken)  # type: ignore[arg-type]  # a union is fine
         own(request, report.device)
         if isinstance(report, Spoken):
-            return _json(encode(await ledger.take_answer(report)))
+            return await ledger.take_answer(report)
         check_result(report)
         sha256 = hashlib.sha256(body).hexdigest()
         take = ledger.take_evaluation(report, sha256) if isinstance(report, Evaluation) else ledger.take_trained(report, sha256)
-        return _json(encode(await take))
+        return await take
     if request.content_type == JUDGMENT_TYPE:
-        return _json(encode(await ledger.take_judgment(await _body(request, ledger.judgment_limit), signer_of(request))))
-    if request.content_type not in (TENSORS_TYPE, MASKED_TYPE):
-        raise WireError("wrong-type", f"send {TENSORS_TYPE}, {MASKED_TYPE}, {JUDGMENT_TYPE} or {JSON_TYPE}", 415)
+        return await ledger.take_judgment(await _body(request, limit, room), signer_of(request))
     incoming = ledger.blobs.incoming()
     try:
-        sha256 = await _stream(request, incoming, ledger.body_limit)
+        sha256 = await _stream(request, incoming, limit, room)
         if request.content_type == MASKED_TYPE:
-            return _json(encode(await ledger.take_masked(incoming, sha256, signer_of(request))))
-        return _json(encode(await ledger.take_update(incoming, sha256, signer_of(request))))
+            return await ledger.take_masked(incoming, sha256, signer_of(request))
+        return await ledger.take_update(incoming, sha256, signer_of(request))
     finally:
         incoming.unlink(missing_ok=True)
 
@@ -106,7 +120,7 @@ async def synthetic(request: web.Request) -> web.Response:
 
 @routes.post("/v1/synthetic/withdraw")
 async def withdraw(request: web.Request) -> web.Response:
-    await request.app[LEDGER].withdraw(decode(await _body(request), Withdraw).id)
+    await request.app[LEDGER].withdraw(decode(await _message(request), Withdraw).id)
     return _json(b"{}")
 
 
@@ -116,9 +130,14 @@ async def status(request: web.Request) -> web.Response:
 
 
 @routes.get("/healthz")
-async def healthz(request: web.Request) -> web.Response:
-    trouble = request.app[LEDGER].trouble
-    return web.Response(text=f"{trouble or 'ok'}\n", status=503 if trouble else 200)
+async def healthz(_: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+@routes.get("/readyz")
+async def readyz(request: web.Request) -> web.Response:
+    reason = await request.app[LEDGER].ready()
+    return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
 
 
 @web.middleware
@@ -127,9 +146,10 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
     try:
         return await handler(request)
     except WireError as error:
-        return _problem(error.status, error.code, error.detail)
+        return _problem(error.status, error.code, error.detail, error.retry_after)
     except TimeoutError:
-        answer = _problem(408, "too-slow", f"the body did not arrive within {BODY_SECONDS:.0f} seconds; send it again")
+        within = f"within {BODY_SECONDS:.0f} seconds, or nothing of it for {IDLE_SECONDS:.0f}"
+        answer = _problem(408, "too-slow", f"the body did not arrive {within}; send it again")
         answer.force_close()
         return answer
     except web.HTTPException as error:
@@ -148,16 +168,43 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
         return _problem(500, "internal", "the server failed; its log says why. Try again later")
 
 
-async def _body(request: web.Request, limit: int = MAX_JSON) -> bytes:
-    """A small body. Raises: WireError: `too-large`."""
-    if request.content_length is not None and request.content_length > limit:
-        raise WireError("too-large", f"a message may have {limit} bytes", 413)
+@contextmanager
+def _room(request: web.Request, limit: int) -> Iterator[Room]:
+    """What counts the body's bytes while it is read and worked on. Raises: WireError: `too-large`, `busy`."""
+    size = request.content_length
+    if size is not None and size > limit:
+        raise WireError("too-large", f"this may have {limit} bytes, and claims {size}", 413)
+    with request.app[INTAKE].room(size or 0) as room:
+        yield room
+
+
+async def _chunks(request: web.Request, limit: int, room: Room) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises: WireError: `too-large`, `busy`. TimeoutError: it takes too long, or has stopped."""
+    loop, received = asyncio.get_running_loop(), 0
+    end = loop.time() + BODY_SECONDS
+    while True:
+        async with asyncio.timeout_at(min(end, loop.time() + IDLE_SECONDS)):
+            chunk = await request.content.read(1 << 18)
+        if not chunk:
+            return
+        received += len(chunk)
+        if received > limit:
+            raise WireError("too-large", f"this may have {limit} bytes", 413)
+        room(len(chunk))
+        yield chunk
+
+
+async def _message(request: web.Request) -> bytes:
+    """The body of a call that is only a message."""
+    with _room(request, MAX_JSON) as room:
+        return await _body(request, MAX_JSON, room)
+
+
+async def _body(request: web.Request, limit: int, room: Room) -> bytes:
+    """The body in memory."""
     body = bytearray()
-    async with asyncio.timeout(BODY_SECONDS):
-        async for chunk in request.content.iter_chunked(1 << 16):
-            body += chunk
-            if len(body) > limit:
-                raise WireError("too-large", f"a message may have {limit} bytes", 413)
+    async for chunk in _chunks(request, limit, room):
+        body += chunk
     check_body(request, hashlib.sha256(body).hexdigest())
     return bytes(body)
 
@@ -170,19 +217,13 @@ def _number(request: web.Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-async def _stream(request: web.Request, to: Path, limit: int) -> str:
-    """Writes the body to a file, never holding it; returns its sha256. Raises: WireError: `too-large`."""
-    if request.content_length is not None and request.content_length > limit:
-        raise WireError("too-large", f"an update may have {limit} bytes, this one claims {request.content_length}", 413)
-    received, digest = 0, hashlib.sha256()
+async def _stream(request: web.Request, to: Path, limit: int, room: Room) -> str:
+    """Writes the body to a file, never holding it; returns its sha256."""
+    digest = hashlib.sha256()
     with to.open("wb") as file:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.content.iter_chunked(1 << 18):
-                received += len(chunk)
-                if received > limit:
-                    raise WireError("too-large", f"an update may have {limit} bytes", 413)
-                digest.update(chunk)
-                file.write(chunk)
+        async for chunk in _chunks(request, limit, room):
+            digest.update(chunk)
+            file.write(chunk)
     check_body(request, digest.hexdigest())
     return digest.hexdigest()
 
@@ -191,6 +232,7 @@ def _json(body: bytes) -> web.Response:
     return web.Response(body=body, content_type=JSON_TYPE)
 
 
-def _problem(status: int, code: str, detail: str) -> web.Response:
+def _problem(status: int, code: str, detail: str, retry_after: float | None = None) -> web.Response:
+    headers = {} if retry_after is None else {"Retry-After": str(max(math.ceil(retry_after), 1))}
     problem = Problem(f"urn:tandem-edge:{code}", code.replace("-", " "), status, code, detail[:1000])  # it may quote a body
-    return web.Response(status=status, body=encode(problem), content_type=PROBLEM_TYPE)
+    return web.Response(status=status, body=encode(problem), content_type=PROBLEM_TYPE, headers=headers)

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
+import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -18,18 +20,19 @@ from typing import TypeVar
 import msgspec
 
 from edge_sdk import files, wire
-from edge_sdk.adapters import Array
+from edge_sdk.adapters import Array, Arrays
 from edge_sdk.cohort import Answer
 from edge_sdk.errors import DataError, WireError
-from edge_sdk.protocol import Evaluation, Line, Manifest, Receipt, Sample, Status, Trained, Wait, Withdrawal, Work
+from edge_sdk.protocol import Evaluation, Line, Manifest, Receipt, Sample, Status, Train, Trained, Update, Wait, Withdrawal, Work
 from edge_sdk.tasks import Example
-from edge_server import cohorts, coordinator, runs, snapshots, storage
+from edge_server import cohorts, coordinator, pacing, runs, snapshots, storage
 from edge_server.aggregation import Contribution
 from edge_server.compute import Compute
 from edge_server.coordinator import Buffered, Event, Lost, Published, State
 from edge_server.failpoints import Reached, nothing
 from edge_server.folder import Versions, run_of
 from edge_server.knowledge.filters import Embed
+from edge_server.leases import Leases
 from edge_server.runs import Feed, Llm
 from edge_server.secure import SecureAverage
 from edge_server.settings import RunSettings
@@ -39,6 +42,8 @@ from edge_server.systems.lpfl import LpFl
 from edge_server.unmasking import Cohort
 
 RETRY_SECONDS = 60.0
+OPENED = 2  # uploads that are in memory at a time, however many wait on disk
+CHECK_SECONDS = 5.0  # whoever asks more often hears again what was found: strangers may ask
 R = TypeVar("R", Evaluation, Trained)
 P = TypeVar("P", Feed, Llm)
 log = logging.getLogger(__name__)
@@ -60,6 +65,11 @@ class Ledger:
         state: URL of a PostgreSQL database with the event log; "" for a SQLite file in `data`.
         snapshot_every: events after which the state is taken down.
         reached: told at each write where it is; for tests that kill the process there.
+        jitter: a fresh number in [0, 1), which spreads the devices that wait.
+
+    Attributes:
+        on_commit: called with each event once it is applied, and the seconds that the database took.
+        on_version: called with the seconds that a version took, from when its updates were there until it was on disk.
 
     Raises:
         SettingsError: folder or database belong to another run, another server uses them, or the system needs what is not there.
@@ -80,6 +90,7 @@ class Ledger:
         state: str = "",
         snapshot_every: int = 500,
         reached: Reached = nothing,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         others = others or {}
         bind = runs.of(settings, compute, auxiliary, {"": manifest, **others}, embed, now)
@@ -103,12 +114,20 @@ class Ledger:
         self._snapshot_every = snapshot_every
         self.lost = asyncio.Event()  # the database is: nothing is taken in any more
         self._lock = asyncio.Lock()
+        self._opening = asyncio.Semaphore(OPENED)
         self._full, self._news = asyncio.Event(), asyncio.Event()  # there may be a version to make; the LLM may have work
-        self._now = now
+        self._now, self._jitter = now, jitter
+        self._quota = pacing.quota(self._run.wait_seconds)
+        self._asked: dict[str, float] = {}  # by device, what `pacing.ask` keeps of it
+        each = settings.averaged or LpFl()
+        self._leases = Leases(each.lease_seconds, each.concurrency)
         self._unseen: SecureAverage | None = None
         if (how := settings.averaged) is not None and how.secure is not None:
             self._unseen = SecureAverage(how, how.secure, run, manifest.adapter, self.blobs)
         self._lines: list[Line] = []  # of the feed, as far as it has been asked for
+        self._check, self._checked, self._refusal = asyncio.Lock(), -math.inf, ""  # of the database
+        self.on_commit: list[Callable[[Event, float], None]] = []
+        self.on_version: list[Callable[[float], None]] = []
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
@@ -139,11 +158,30 @@ class Ledger:
                 await self._record(event)
         return self._others[model] if model else self.manifest
 
+    def ask(self, device: str, can_train: bool) -> Work:
+        """`plan`, for a device that may ask only so often, and whose waits are spread.
+
+        Raises:
+            WireError: `unknown-device`, `too-often`.
+        """
+        coordinator.known_device(self.state, device)
+        self._asked[device] = pacing.ask(self._asked.get(device, 0.0), self._quota, self._now())
+        work = self.plan(device, can_train)
+        return Wait(pacing.spread(work.seconds, self._jitter())) if isinstance(work, Wait) else work
+
     def plan(self, device: str, can_train: bool) -> Work:
+        """What a device should do now; where others will average what it learns, it has a lease on that.
+
+        Raises:
+            WireError: `unknown-device`.
+        """
         known = coordinator.known_device(self.state, device)
         work = self._run.plan(self.state, known, can_train)
         if isinstance(work, Wait) and self.state.cohort is not None and known.trained == self.state.version:
             return cohorts.plan(self.state.cohort, self.state.version, device) or work
+        if isinstance(work, Train) and (work.share or work.masked) and (how := self._settings.averaged) is not None:
+            seconds = self._leases.take(device, work.version, lpfl.oldest(how, self.state), self._now())
+            return Wait(pacing.until_free(seconds, how.wait_seconds)) if seconds else work
         return work
 
     def public(self, sha256: str) -> Path | None:
@@ -164,20 +202,26 @@ class Ledger:
             raise WireError("wrong-system", f"what devices learn stays with them in {self._settings.system}", 404)
         if averaged.secure is not None:
             raise WireError("wrong-system", "this run averages masked updates only; ask for work", 404)
-        body = await asyncio.to_thread(incoming.read_bytes)
-        update, _ = await asyncio.to_thread(wire.unpack, body, self._update_shapes)
+        async with self._opening:
+            update, size = await asyncio.to_thread(self._opened, incoming)
         coordinator.check_signer(update.device, signer)
         id = wire.update_id(update.device, update.version, sha256)
         if update.version < (first := self._run.shares_from):
             raise WireError("wrong-system", f"before version {first} of this run devices keep what they learn", 404)
         async with self._lock:  # two updates at once for one version: the second is refused before its blob is kept
-            decision = coordinator.accept(self.state, update, id, sha256, len(body), averaged.max_staleness)
+            decision = coordinator.accept(self.state, update, id, sha256, size, averaged.max_staleness, self._now())
+            self._leases.end(update.device, update.version)
             if isinstance(decision, Receipt):
                 return decision
             await asyncio.to_thread(self.blobs.keep, incoming, sha256)
             await self._record(decision)
         self._full.set()
         return self.state.receipts[id]
+
+    def _opened(self, incoming: Path) -> tuple[Update, int]:
+        """The message of an upload that is whole, and its size in bytes; none of its numbers stays in memory while it waits."""
+        body = incoming.read_bytes()
+        return wire.unpack(body, self._update_shapes)[0], len(body)
 
     async def take_evaluation(self, evaluation: Evaluation, sha256: str) -> Receipt:
         """Raises: WireError: the evaluation is refused."""
@@ -188,6 +232,7 @@ class Ledger:
         if self._run.llm is None and self._unseen is None:
             raise WireError("wrong-system", f"{self._settings.system} wants what was learned, not only a word of it", 404)
         receipt = await self._take_report(coordinator.keep, trained, sha256)
+        self._leases.end(trained.device, trained.version)
         if self._unseen is not None:
             async with self._lock:  # one that comes late has nothing for the next cohort
                 if trained.version == self.state.version and (event := self._unseen.form(self.state, self._now())):
@@ -273,14 +318,14 @@ class Ledger:
         return part
 
     async def make_versions(self) -> None:
-        """Runs for ever: makes a version whenever the buffer is full, also one that a crash interrupted; and, beside that, lets
-        the LLM do what is next.
+        """Runs for ever: makes a version whenever the buffer is full or has waited too long, also one that a crash interrupted;
+        and, beside that, lets the LLM do what is next.
 
-        What fails (a full disk, a lost blob) is said, told to `/healthz`, and tried again a minute later or with the next
+        What fails (a full disk, a lost blob) is said, told to `/readyz`, and tried again a minute later or with the next
         update.
         """
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_doing(self._average, self._full, self._cohort_patience))
+            group.create_task(self._keep_doing(self._average, self._full, self._average_patience))
             if (llm := self._run.llm) is not None:
                 group.create_task(self._keep_doing(lambda: self._llm_step(llm), self._news, self._patience))
 
@@ -305,11 +350,12 @@ class Ledger:
         """Makes a version if enough updates are there; whether it did."""
         if self._unseen is not None:
             return await self._average_unseen(self._unseen)
-        if (how := self._settings.averaged) is None or not (batch := self._run.averaged(self.state)):
+        if (how := self._settings.averaged) is None or not (batch := self._run.averaged(self.state, self._now())):
             return False
+        began = time.monotonic()
         adapter = await asyncio.to_thread(self._averaged, self.state.adapter, batch, how)
         staleness = ", ".join(str(b.staleness) for b in batch)
-        await self._make_version(adapter, f"{len(batch)} updates (staleness {staleness})", len(batch))
+        await self._make_version(adapter, f"{len(batch)} updates (staleness {staleness})", len(batch), began)
         return True
 
     async def _average_unseen(self, unseen: SecureAverage) -> bool:
@@ -323,22 +369,45 @@ class Ledger:
                 return True
         if not isinstance(cohort := self.state.cohort, Cohort) or cohort.phase != "done":
             return False
+        began = time.monotonic()
         try:
             adapter = await asyncio.to_thread(lambda: unseen.average(cohort, self._adapter_of(self.state.adapter)))
         except WireError as error:
             async with self._lock:
                 await self._record(Lost(error.detail))
         else:
-            await self._make_version(adapter, f"the sum of {len(cohort.uploads)} masked updates", 0)
+            await self._make_version(adapter, f"the sum of {len(cohort.uploads)} masked updates", 0, began)
         return True
 
-    def _cohort_patience(self) -> float | None:
-        return None if self._unseen is None else self._unseen.patience(self.state, self._now())
+    def _average_patience(self) -> float | None:
+        """Seconds until a deadline of the buffer or the cohort may pass; None where only news can change anything."""
+        if self._unseen is not None:
+            return self._unseen.patience(self.state, self._now())
+        if (how := self._settings.averaged) is None or not self._run.averaged(self.state, math.inf):
+            return None
+        return max(self.state.buffer[0].at + how.deadline_seconds - self._now(), 0.01)
 
     @property
     def trouble(self) -> str:
         """Why no version is being made, for the operator; "" where all is well."""
         return "; ".join(self._troubles.values())
+
+    async def ready(self) -> str:
+        """Why devices should not be sent here now: no version yet or any more, or no writes; "" where all is well."""
+        async with self._check:
+            if time.monotonic() - self._checked >= CHECK_SECONDS:
+                self._refusal = await asyncio.to_thread(self._try_to_write)
+                self._checked = time.monotonic()
+        if self._log.lost:
+            self.lost.set()
+        return self._refusal or ("" if self.state.version >= 0 else "there is no version yet") or self.trouble
+
+    def _try_to_write(self) -> str:
+        try:
+            self._log.check()
+        except DataError as error:
+            return str(error)
+        return ""
 
     def _patience(self) -> float | None:
         """Seconds until a deadline may pass; None where only news can change anything."""
@@ -356,10 +425,12 @@ class Ledger:
             self._say(said)
         return bool(events)
 
-    async def _make_version(self, adapter: dict[str, Array], source: str, folded: int) -> None:
+    async def _make_version(self, adapter: dict[str, Array], source: str, folded: int, began: float) -> None:
         version = self.state.version + 1
         adapter, llm, learned = await self._run.refine(adapter, self.state)
         await self._publish(version, adapter, folded, llm)
+        for told in self.on_version:
+            told(time.monotonic() - began)
         self._say(f"version {version} from {source}{learned}")
 
     async def _publish(self, version: int, adapter: dict[str, Array], folded: int, llm: str = "") -> None:
@@ -381,13 +452,17 @@ class Ledger:
             raise
 
     async def _write(self, event: Event) -> None:
+        began = time.monotonic()
         try:
             await asyncio.to_thread(self._log.append, msgspec.json.encode(event))
         except DataError:
             if self._log.lost:
                 self.lost.set()
             raise
+        seconds = time.monotonic() - began
         self.state = coordinator.apply(self.state, event)
+        for told in self.on_commit:
+            told(event, seconds)
         if self._log.newest % self._snapshot_every == 0:
             try:
                 await asyncio.to_thread(snapshots.take, self._log, self.state)
@@ -395,12 +470,13 @@ class Ledger:
                 log.warning("no snapshot: %s", error)
 
     def _averaged(self, adapter: str, batch: tuple[Buffered, ...], how: LpFl) -> dict[str, Array]:
-        buffer = (self._contribution(waiting) for waiting in batch)
-        return lpfl.step(how, self.manifest.adapter, self._adapter_of(adapter), buffer)
+        known = self.state.adapters
+        opened = {blob: self._adapter_of(blob) for blob in {adapter, *(known[waiting.version] for waiting in batch)}}
+        buffer = (self._contribution(waiting, opened[known[waiting.version]]) for waiting in batch)
+        return lpfl.step(how, self.manifest.adapter, opened[adapter], buffer)
 
-    def _contribution(self, waiting: Buffered) -> Contribution:
+    def _contribution(self, waiting: Buffered, base: Arrays) -> Contribution:
         delta = wire.unpack(self.blobs.get(waiting.blob), self._update_shapes)[1]
-        base = self._adapter_of(self.state.adapters[waiting.version])
         return Contribution(delta, waiting.num_examples, waiting.staleness, base)
 
     def _adapter_of(self, blob: str) -> dict[str, Array]:

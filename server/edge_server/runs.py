@@ -80,7 +80,8 @@ class Run:
 
     Args:
         start: version 0. plan: what a device that asks should do now. finished: whether all is done.
-        averaged: the updates that the next version is made from.
+        averaged: the updates that the next version is made from, at a time in seconds since the epoch.
+        wait_seconds: the shortest wait that devices are told.
         refine: what becomes of their average: the version's adapter, the blob of the LLM's or "", and what to say of it.
         compute: where the LLM runs. llm: its side, where it learns from devices' judgments. feed: of what it has written.
         deadline_seconds: after a sheet was written, with at least one judgment.
@@ -90,8 +91,9 @@ class Run:
 
     start: Callable[[AdapterSpec], dict[str, Array]]
     plan: Callable[[State, Device, bool], Work]
-    averaged: Callable[[State], tuple[Buffered, ...]]
+    averaged: Callable[[State, float], tuple[Buffered, ...]]
     finished: Callable[[State], bool]
+    wait_seconds: float
     refine: Callable[[dict[str, Array], State], Awaitable[tuple[dict[str, Array], str, str]]] = _as_averaged
     compute: Compute | None = None
     llm: Llm | None = None
@@ -131,7 +133,8 @@ def of(
 
 
 def _lpfl(own: LpFl, _: Blobs) -> Run:
-    return Run(partial(lpfl.start, own), partial(lpfl.plan, own), partial(lpfl.averaged, own), partial(lpfl.finished, own))
+    start, plan, averaged = partial(lpfl.start, own), partial(lpfl.plan, own), partial(lpfl.averaged, own)
+    return Run(start, plan, averaged, partial(lpfl.finished, own), own.wait_seconds)
 
 
 def _crosslm(own: CrossLm, task: Task, compute: Compute, embed: Embed | None, now: Now, blobs: Blobs) -> Run:
@@ -139,8 +142,9 @@ def _crosslm(own: CrossLm, task: Task, compute: Compute, embed: Embed | None, no
     finished = partial(crosslm.finished, own)
     author = Author(own, task, blobs, compute, embed, now, writer(own.llm))
     feed, deadline, first = Feed(own.task, author.lines, author.open), own.deadline_seconds, own.versions
+    shortest = min(each.wait_seconds for each in (own, own.federated) if each is not None)
     return Run(
-        *(start, plan, averaged, finished),
+        *(start, plan, averaged, finished, shortest),
         compute=compute,
         llm=author,
         feed=feed,
@@ -153,7 +157,8 @@ def _crosslm(own: CrossLm, task: Task, compute: Compute, embed: Embed | None, no
 def _fedcollm(own: FedCoLlm, auxiliary: Texts, compute: Compute, blobs: Blobs) -> Run:
     start, plan, averaged = partial(fedcollm.start, own), partial(fedcollm.plan, own), partial(fedcollm.averaged, own)
     refine = Distiller(own, auxiliary, blobs, compute).refine
-    return Run(start, plan, averaged, partial(fedcollm.finished, own), refine=refine, compute=compute)
+    wait = own.averaging.wait_seconds
+    return Run(start, plan, averaged, partial(fedcollm.finished, own), wait, refine=refine, compute=compute)
 
 
 def _fedmkt(own: FedMkt, task: Task, public: Texts, compute: Compute, models: Models, now: Now, blobs: Blobs) -> Run:
@@ -165,4 +170,5 @@ def _fedmkt(own: FedMkt, task: Task, public: Texts, compute: Compute, models: Mo
     start, averaged, finished = partial(fedmkt.start, own), partial(fedmkt.averaged, own), partial(fedmkt.finished, own)
     tutor, patience = Tutor(own, task, public, blobs, compute, now, models), own.deadline_seconds
     limit = MAX_KNOWLEDGE if task.answer_tokens else wire.MAX_JSON
-    return Run(start, plan, averaged, finished, compute=compute, llm=tutor, deadline_seconds=patience, judgment_limit=limit)
+    common = start, plan, averaged, finished, own.wait_seconds
+    return Run(*common, compute=compute, llm=tutor, deadline_seconds=patience, judgment_limit=limit)

@@ -5,8 +5,8 @@
     coordinator        takes the update in, as in `ledger.py`; what is due becomes a version before the next device's turn
 
 Only training, sending an update and pauses take time. A device that was told to wait asks again on its own beat; beats before
-the next version are skipped, since nothing changes but with a version. No socket, disk, clock or model: what a device learns is
-the caller's business.
+the next version are skipped for one that has trained, since nothing changes for it but with a version. No socket, disk, clock or
+model: what a device learns is the caller's business.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import numpy as np
 from edge_sdk import session, wire
 from edge_sdk.adapters import AdapterSpec, Arrays
 from edge_sdk.errors import SettingsError, WireError
-from edge_sdk.protocol import Evaluate, Evaluation, Finished, Metrics, Receipt, Train, Update
+from edge_sdk.protocol import Evaluate, Evaluation, Finished, Metrics, Receipt, Train, Update, Wait
 from edge_sdk.session import Session
 from edge_sdk.verbs import Learned
-from edge_server import coordinator
+from edge_server import coordinator, pacing
 from edge_server.aggregation import Contribution
 from edge_server.coordinator import Published, State
+from edge_server.leases import Leases
 from edge_server.systems import lpfl
 from edge_server.systems.lpfl import LpFl
 
@@ -177,6 +178,7 @@ class _Run:
         self._adapter: Arrays = lpfl.start(settings, spec)
         self._state = coordinator.apply(State(), Published(0, "0", 0))
         self._blobs: dict[str, tuple[Update, Contribution]] = {}  # of the buffer
+        self._leases = Leases(settings.lease_seconds, settings.concurrency)
         self._uploads = self._accepted = self._refused = self._dropped = 0
         self._now = 0.0
         self._queue: list[tuple[float, int]] = []
@@ -190,11 +192,21 @@ class _Run:
             self._record(coordinator.enroll(self._state, device.id, f"device {device.id}"))
             self._queue.append((0.0, device.number))
         yield first
-        while self._queue and self._state.version < self._settings.versions:
-            self._now, number = heapq.heappop(self._queue)
-            self._go_on(devices[number])
-            while batch := lpfl.averaged(self._settings, self._state):
+        while self._state.version < self._settings.versions and (at := min(self._next(), self._deadline())) < math.inf:
+            self._now = at
+            if self._next() <= at:
+                self._go_on(devices[heapq.heappop(self._queue)[1]])
+            while batch := lpfl.averaged(self._settings, self._state, self._now):
                 yield self._publish(batch)
+
+    def _next(self) -> float:
+        """When the first of the devices is done with something; never, if all have left or wait for a version."""
+        return self._queue[0][0] if self._queue else math.inf
+
+    def _deadline(self) -> float:
+        """When the buffer has waited long enough; never, if there is too little in it."""
+        waiting = lpfl.averaged(self._settings, self._state, math.inf)
+        return waiting[0].at + self._settings.deadline_seconds if waiting else math.inf
 
     def _go_on(self, device: _Device) -> None:
         """What the device did is over: carries out what its session says, until something takes time again."""
@@ -210,7 +222,7 @@ class _Run:
                     self._after(self._fleet.delays.communication if isinstance(device.outbox, tuple) else 0.0, device)
                     return
                 case session.Sleep(seconds):
-                    if isinstance(event, session.Assigned):
+                    if isinstance(event, session.Assigned) and self._has_answered(device):
                         self._waiting.append((self._now, seconds, device.number))
                     else:
                         self._after(seconds, device)
@@ -253,8 +265,15 @@ class _Run:
             return session.NoAnswer()
         work = lpfl.plan(self._settings, self._state, self._state.devices[device.id], can_train=True)
         if isinstance(work, Train):
+            oldest = lpfl.oldest(self._settings, self._state)
+            if seconds := self._leases.take(device.id, work.version, oldest, self._now):
+                return session.Assigned(Wait(pacing.until_free(seconds, self._settings.wait_seconds)))
             device.start = self._adapter
         return session.Assigned(work)
+
+    def _has_answered(self, device: _Device) -> bool:
+        """Whether it waits for a version; else for a place among those that train."""
+        return self._state.devices[device.id].trained >= self._state.version
 
     def _deliver(self, device: _Device) -> session.Event:
         """The outbox's result reaches the server, or does not, or the receipt does not reach the device."""
@@ -278,10 +297,11 @@ class _Run:
         blob = f"{update.device}-{update.version}"
         id, size = wire.update_id(update.device, update.version, blob), sum(a.nbytes for a in contribution.delta.values())
         try:
-            decision = coordinator.accept(self._state, update, id, blob, size, self._settings.max_staleness)
+            decision = coordinator.accept(self._state, update, id, blob, size, self._settings.max_staleness, self._now)
         except WireError:
             self._refused += 1
             raise
+        self._leases.end(update.device, update.version)
         if not isinstance(decision, Receipt):
             self._accepted += 1
             self._blobs[blob] = update, contribution

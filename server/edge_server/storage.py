@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sqlite3
 import tempfile
 import threading
 import uuid
@@ -58,6 +59,17 @@ def postgresql(text: str) -> sa.URL:
     if url.drivername not in ("postgresql", "postgresql+psycopg"):
         raise SettingsError(f"--state is postgresql://..., not {url.drivername}; without it there is a SQLite file in --data")
     return url.set(drivername="postgresql+psycopg")
+
+
+def bodies(path: Path) -> Iterator[bytes]:
+    """All events of a SQLite file that a server may be writing to, oldest first. Raises: DataError: they cannot be read."""
+    where = f"{path.absolute().as_uri()}?mode=ro"
+    engine = sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(where, uri=True), poolclass=sa.NullPool)
+    try:
+        with engine.connect() as db:
+            yield from (bytes(row.body) for row in db.execute(sa.select(_EVENTS).order_by(_EVENTS.c.seq)))
+    except sa.exc.DBAPIError as error:
+        raise DataError(f"{path} cannot be read: {error.orig}") from error
 
 
 class EventLog:
@@ -117,6 +129,11 @@ class EventLog:
             self._reached("event-written")
         self.newest += 1
         self._reached("event-committed")
+
+    def check(self) -> None:
+        """Commits something that changes nothing. Raises: DataError: the database takes no writes."""
+        with self._transaction() as db:
+            db.execute(_RUN.update().values(id=self.run))
 
     def read(self, after: int = 0) -> Iterator[bytes]:
         """All events after the one of this number, oldest first. Raises: DataError."""

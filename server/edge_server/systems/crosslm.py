@@ -145,10 +145,10 @@ def due(settings: CrossLm, state: State, now: float) -> Step | None:
     return WriteSheet(number + 1) if len(state.sheets) < settings.versions else None
 
 
-def averaged(settings: CrossLm, state: State) -> tuple[Buffered, ...]:
+def averaged(settings: CrossLm, state: State, now: float) -> tuple[Buffered, ...]:
     """The updates that the next version is made from; the LLM may still be learning from the last sheet meanwhile."""
     then = _afterwards(settings)
-    return lpfl.averaged(then, state) if then is not None and state.version >= settings.versions else ()
+    return lpfl.averaged(then, state, now) if then is not None and state.version >= settings.versions else ()
 
 
 def plan(settings: CrossLm, state: State, device: Device, can_train: bool) -> Work:

@@ -60,9 +60,9 @@ def plan(settings: FedCoLlm, state: State, device: Device, can_train: bool) -> W
     return lpfl.plan(averaging(settings), state, device, can_train)
 
 
-def averaged(settings: FedCoLlm, state: State) -> tuple[Buffered, ...]:
+def averaged(settings: FedCoLlm, state: State, now: float) -> tuple[Buffered, ...]:
     """The updates the next version is made from."""
-    return lpfl.averaged(settings.averaging, state)
+    return lpfl.averaged(settings.averaging, state, now)
 
 
 def finished(settings: FedCoLlm, state: State) -> bool:

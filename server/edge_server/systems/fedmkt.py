@@ -121,7 +121,7 @@ def start(settings: FedMkt, spec: AdapterSpec) -> dict[str, Array]:
     return spec.start(settings.seed)
 
 
-def averaged(_: FedMkt, __: State) -> tuple[Buffered, ...]:
+def averaged(_: FedMkt, __: State, ___: float) -> tuple[Buffered, ...]:
     """Nothing: what devices learn stays with them."""
     return ()
 

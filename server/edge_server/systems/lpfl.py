@@ -38,6 +38,11 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         buffer_size: updates that make a version (FedBuff's K); all devices for synchronous FedAvg. A device answers a
             version once, so with fewer devices than this no version is ever made: count those that may stay away.
         max_staleness: versions an update's base may lie behind before it is refused.
+        deadline_seconds: once the oldest update of the buffer has waited so long, a version is made of what is there, if that
+            is at least `least` updates; so a synchronous run does not wait for a dead device for ever. 0 for no deadline.
+            Of fewer than three updates none is clipped.
+        lease_seconds: how long a device that was told to train counts as training, if it does not answer.
+        concurrency: devices that may train at once (PAPAYA, Huba et al. 2022); others wait. 0 for no limit.
         server_lr: step along the mean update.
         average: `factors`: A and B each on its own, as the paper does; all devices train one rank, unless A is frozen.
             `products`: what they do, BA; devices may train different ranks.
@@ -60,10 +65,14 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: int = 8
     buffer_size: int = 4
     max_staleness: int = 8
+    deadline_seconds: float = 0.0
+    least: int = 1
+    lease_seconds: float = 3600.0
+    concurrency: int = 0
     server_lr: float = 1.0
     average: Literal["factors", "products"] = "factors"
     max_examples: int = 10_000
-    clip_norm: float = 3.0
+    clip_norm: float = 1.25
     rule: Rule = Mean()
     upload: Encoding = "fp32"
     wait_seconds: float = 30.0
@@ -81,6 +90,8 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise SettingsError("lpfl.secure sums updates it cannot see, and products need each one: take factors")
             if self.rule != Mean():
                 raise SettingsError("lpfl.secure hides single updates, and lpfl.rule looks at each: take one of the two")
+            if self.deadline_seconds:
+                raise SettingsError("lpfl.secure has deadlines of its own: leave lpfl.deadline_seconds at 0")
             if self.upload != "fp32":
                 raise SettingsError("lpfl.secure has an encoding of its own: leave lpfl.upload at fp32")
             Terms("check", self.buffer_size, secure.threshold, 1, secure.clip, secure.max_weight)
@@ -94,6 +105,12 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("lpfl.rule goes by single numbers of A and B, which products turn: take factors, or krum")
         if self.average == "products" and self.upload == "int8":
             raise SettingsError("lpfl.upload int8 makes up for losses later, and products turn A and B: take factors, or fp16")
+        if not 1 <= self.least <= self.buffer_size or (self.deadline_seconds and self.least < fewest):
+            raise SettingsError(f"lpfl.least must be {fewest}, the fewest that lpfl.rule can choose among, to lpfl.buffer_size")
+        if not 0 <= self.deadline_seconds < math.inf or not 0 < self.lease_seconds < math.inf or self.concurrency < 0:
+            raise SettingsError(
+                "lpfl.lease_seconds must be positive, lpfl.deadline_seconds and lpfl.concurrency not negative, and all finite"
+            )
         if not 0 < self.wait_seconds < math.inf or not 0 < self.server_lr < math.inf:
             raise SettingsError("lpfl.wait_seconds and lpfl.server_lr must be positive and finite")
 
@@ -117,9 +134,19 @@ def plan(settings: LpFl, state: State, device: Device, can_train: bool) -> Work:
     return Train(state.version, state.adapter, *how, masked=masked, share=not masked, upload=settings.upload)
 
 
-def averaged(settings: LpFl, state: State) -> tuple[Buffered, ...]:
-    """The updates the next version is made from; none after the last version, however many late ones come in."""
-    return () if state.version >= settings.versions else coordinator.due(state, settings.buffer_size)
+def averaged(settings: LpFl, state: State, now: float) -> tuple[Buffered, ...]:
+    """The updates the next version is made from; none after the last version, however many late ones come in.
+
+    Args:
+        now: seconds since the epoch, for the deadline.
+    """
+    how = settings.buffer_size, settings.least, settings.deadline_seconds
+    return () if state.version >= settings.versions else coordinator.due(state, *how, now)
+
+
+def oldest(settings: LpFl, state: State) -> int:
+    """The oldest version that is still worth training on."""
+    return state.version if settings.secure is not None else state.version - settings.max_staleness
 
 
 def step(settings: LpFl, spec: AdapterSpec, adapter: Arrays, buffer: Iterable[Contribution]) -> dict[str, Array]:

@@ -16,6 +16,7 @@ BENCHES = {
     "fedmkt": "the LLM and devices' models of several kinds teach each other, against every control",
     "async_vs_sync": "asynchronous averaging against synchronous rounds, in virtual time: hours and uploads to an accuracy",
     "secure": "secure averaging against plain averaging: server CPU, bytes, error",
+    "lora_push": "what the server costs: seconds a round, CPU, memory, bytes, with real devices' processes",
     "lpfl_settings": "how LP-FL's settings were chosen, on validation text",
     "training": "split training against PEFT and the Trainer: seconds, memory, disk, accuracy",
     "training_settings": "how the rates of training were chosen, on validation text",
@@ -28,8 +29,12 @@ def main() -> int:
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--json", type=Path, help="file for the rows and the summary")
     parser.add_argument("--full", action="store_true", help="every setting and seed, however long it takes")
+    parser.add_argument("--peer", type=Path, help="lora_push: file with a line of JSON for each run of another system")
     args = parser.parse_args()
-    show(importlib.import_module(f"bench.{args.name}").run(args.full), args.json)
+    if args.peer and args.name != "lora_push":
+        parser.error("--peer is for lora_push")
+    more = {"peers": args.peer} if args.peer else {}
+    show(importlib.import_module(f"bench.{args.name}").run(args.full, **more), args.json)
     return 0
 
 

@@ -1,9 +1,9 @@
 """FedCoLLM and its controls on the ICWSM-14 domains: what do devices gain from the server's LLM, and the LLM from them?
 
 Four devices, one domain each; the server has labelled texts of all four, as many as a device. Their model is SmolLM2 with 12 of
-30 layers (`edge-export shrink`), the LLM SmolLM2-135M-Instruct. Two tasks: sentiment, distilled over classes, and the last word
-of a sentence (examples/cloze.py), distilled over tokens and scored by log-likelihood among four. Settings come from validation
-text, accuracy from test text.
+30 layers (`edge-export shrink`), of which the top 6 learn, the LLM SmolLM2-135M-Instruct. Two tasks: sentiment, distilled over
+classes, and the last word of a sentence (examples/cloze.py), distilled over tokens and scored by log-likelihood among four.
+Settings come from validation text, accuracy from test text.
 
     zero_shot         both models as they are
     standalone        each device trains on its own labels, as many steps as in all versions
@@ -57,6 +57,9 @@ METHODS = (*SLM, "centralized")
 LLM_ROWS = {"auxiliary_only": "lambda0"}  # an LLM that nobody teaches has the server's labels alone
 TASKS = ("sentiment", "cloze")
 LABELS = 32  # of a device
+AUXILIARY = 32  # the server's labelled texts, of all domains: as many as one device has
+RATES = (("training.learning_rate", 2e-4), ("mutual.slm_learning_rate", 2e-4), ("mutual.llm_learning_rate", 1e-4))
+CHANGES = {"sentiment": (), "cloze": RATES}  # of the example's settings, by task: words take smaller steps
 HELD_OUT = {"sentiment": 120, "cloze": 60}  # test texts of a device
 
 
@@ -97,7 +100,7 @@ def settings_of(cell: Cell) -> FedCoLlm:
     if (settings := run_file().fedcollm) is None:
         raise ValueError("examples/fedcollm.toml has no table [fedcollm]")
     parts = {"mutual": settings.mutual, "training": settings.averaging.training, "averaging": settings.averaging}
-    for name, value in cell.change:
+    for name, value in (*CHANGES[cell.task], *cell.change):
         part, _, key = name.partition(".")
         parts[part] = msgspec.structs.replace(parts[part], **{key: type(getattr(parts[part], key))(value)})
     averaging = msgspec.structs.replace(parts["averaging"], training=parts["training"], seed=cell.seed, soft=None)
@@ -134,7 +137,7 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
 
 
 def _sentiment(cell: Cell) -> tuple[list[Private], list[list[Choice]], list[Example]]:
-    devices = fleet.devices("by-domain", LABELS, LABELS // 4, HELD_OUT[cell.task], cell.part, cell.seed)
+    devices = fleet.devices("by-domain", LABELS, AUXILIARY // 4, HELD_OUT[cell.task], cell.part, cell.seed)
     return devices, [], [e for private in devices for e in map(Example, private.unlabelled, private.truths)]
 
 
@@ -146,7 +149,7 @@ def _cloze(cell: Cell) -> tuple[list[Private], list[list[Choice]], list[Example]
         train = cloze.examples([domain.train[i] for i in rng.permutation(len(domain.train))])
         held = cloze.choices(domain.test if cell.part == "test" else domain.validation, rng)
         devices.append(Private(tuple(train[:LABELS]), (), (), ()))
-        auxiliary += train[LABELS : LABELS + LABELS // 4]
+        auxiliary += train[LABELS:][: AUXILIARY // 4]
         asked.append([held[i] for i in rng.permutation(len(held))[: HELD_OUT[cell.task]]])
     return devices, asked, auxiliary
 

@@ -174,6 +174,13 @@ def _private(train: Sequence[Example], held_out: Sequence[Example], labels: int,
     )
 
 
+def share(examples: Sequence[Example], count: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The first `count` and the rest, half of each class in both."""
+    of = [[e for e in examples if e.label == c] for c in (0, 1)]
+    first, rest = (tuple(e for some in of for e in some[part]) for part in (slice(count // 2), slice(count // 2, None)))
+    return first, rest
+
+
 def federate(
     fleet: Sequence[Private],
     start: Arrays,

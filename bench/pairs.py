@@ -30,6 +30,32 @@ def gain_of(rows: Rows, model: str, method: str, base: str) -> dict[str, float]:
     return spread([of[seed, method] - of[seed, base] for seed in sorted({seed for seed, _ in of})])
 
 
+def verdict(gain: dict[str, float], seeds: int, target: float) -> str:
+    """Whether a mean gain reaches its target; with a word where two standard errors over seeds would turn that around."""
+    said = "kept" if gain["mean"] >= target else "MISSED"
+    error = gain["std"] / seeds**0.5
+    close = seeds < 2 or abs(gain["mean"] - target) < 2 * error
+    return f"{said}, within the noise" if close else said
+
+
+def gain_line(rows: Rows, task: str, model: str, method: str, base: str, target: float | None = None) -> str:
+    """One method against another on one task, seed by seed, in points."""
+    own = [r for r in rows if r["task"] == task]
+    gain, seeds = gain_of(own, model, method, base), len({r["seed"] for r in own})
+    line = f"{task}: {model.upper()}, {method} - {base} = {100 * gain['mean']:+.1f} ± {100 * gain['std']:.1f} points"
+    return line if target is None else f"{line}, target {100 * target:+.1f}: {verdict(gain, seeds, target)}"
+
+
+def share_line(rows: Rows, task: str, method: str, target: float) -> str:
+    """The LLM's accuracy as a share of what all labels in one place give it, where they give it anything."""
+    own = [r for r in rows if r["task"] == task]
+    found, most, least = (spread_of(own, "llm", name)["mean"] for name in (method, "centralized", "zero_shot"))
+    line = f"{task}: LLM, {method} / centralized = {found:.3f} / {most:.3f} = {found / most:.3f}, untouched {least:.3f}"
+    if most <= least:
+        return f"{line}; target {target}: says nothing, for all labels in one place do not help it"
+    return f"{line}; target {target}: {'kept' if found / most >= target else 'MISSED'}"
+
+
 def _cells(rows: Rows, task: str, method: str, form: str) -> list[str]:
     own = [r for r in rows if r["task"] == task]
     return [form.format(**spread_of(own, model, method)) if there(own, model, method) else "" for model in MODELS]

@@ -1,0 +1,108 @@
+"""Tables of benches that measure devices' model and the LLM, by exact values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench import fedcollm, fleet, pairs
+from edge_sdk.tasks import Example
+
+TASKS, METHODS = ("sentiment", "cloze"), ("zero_shot", "ours", "never_run")
+
+
+def row(task: str, seed: int, method: str, model: str, accuracy: float) -> dict[str, Any]:
+    return {"task": task, "seed": seed, "method": method, "model": model, "accuracy": accuracy}
+
+
+ROWS = [
+    row("sentiment", 0, "zero_shot", "slm", 0.5),
+    row("sentiment", 1, "zero_shot", "slm", 0.7),
+    row("sentiment", 0, "ours", "slm", 0.75),
+    row("sentiment", 1, "ours", "slm", 0.75),
+    row("sentiment", 0, "ours", "llm", 0.875),
+    row("sentiment", 1, "ours", "llm", 0.625),
+    row("cloze", 0, "zero_shot", "llm", 0.25),
+]
+
+
+def test_a_gain_is_within_a_seed() -> None:
+    """+.25 and +.05: the spread is that of the differences, not of the accuracies."""
+    own = [r for r in ROWS if r["task"] == "sentiment"]
+
+    assert pairs.gain_of(own, "slm", "ours", "zero_shot") == pytest.approx({"mean": 0.15, "std": 0.02**0.5})
+
+
+def test_only_what_was_measured_is_there() -> None:
+    assert pairs.there(ROWS, "llm", "ours")
+    assert not pairs.there(ROWS, "llm", "never_run")
+
+
+def test_the_markdown_has_a_line_for_each_method_that_ran() -> None:
+    """Mean and spread over seeds, an empty cell where a method has no such model."""
+    assert pairs.markdown(ROWS, TASKS, METHODS).splitlines() == [
+        "| task | method | SLM | LLM |",
+        "| --- | --- | --- | --- |",
+        "| sentiment | zero shot | 0.600 ± 0.141 |  |",
+        "| sentiment | ours | 0.750 ± 0.000 | 0.750 ± 0.177 |",
+        "| cloze | zero shot |  | 0.250 ± 0.000 |",
+    ]
+
+
+def test_the_table_on_the_screen_has_the_same_lines() -> None:
+    assert pairs.table(ROWS, TASKS, METHODS).row_count == 3
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "seeds", "said"),
+    [
+        (0.02, 0.005, 4, "kept"),
+        (0.011, 0.005, 4, "kept, within the noise"),
+        (0.009, 0.005, 4, "MISSED, within the noise"),
+        (-0.01, 0.005, 4, "MISSED"),
+        (0.5, 0.0, 1, "kept, within the noise"),
+    ],
+)
+def test_a_verdict_says_where_chance_might_turn_it(mean: float, std: float, seeds: int, said: str) -> None:
+    """Within two standard errors of the target, .005 for four seeds; of one seed nothing is known."""
+    assert pairs.verdict({"mean": mean, "std": std}, seeds, 0.01) == said
+
+
+def test_a_share_of_what_all_labels_give_says_nothing_where_they_give_nothing() -> None:
+    rows = [row("cloze", 0, name, "llm", a) for name, a in (("zero_shot", 0.8), ("ours", 0.8), ("centralized", 0.75))]
+    more = [{**r, "accuracy": 0.9} if r["method"] == "centralized" else r for r in rows]
+
+    assert "says nothing" in pairs.share_line(rows, "cloze", "ours", 0.97)
+    assert pairs.share_line(more, "cloze", "ours", 0.97).endswith("MISSED")
+    assert pairs.share_line(more, "cloze", "ours", 0.88).endswith("kept")
+
+
+def test_a_gain_is_told_in_points() -> None:
+    assert pairs.gain_line(ROWS, "sentiment", "slm", "ours", "zero_shot", 0.01) == (
+        "sentiment: SLM, ours - zero_shot = +15.0 ± 14.1 points, target +1.0: kept, within the noise"
+    )
+
+
+# What benches hand out ------------------------------------------------------------------------------------------------
+def test_a_share_has_half_of_each_class() -> None:
+    """Six of one class and four of the other: a device gets two of each, the server what is left."""
+    examples = [Example(str(i), label) for i, label in enumerate((0, 0, 0, 1, 0, 1, 1, 0, 0, 1))]
+    first, rest = fleet.share(examples, 4)
+
+    assert [e.text for e in first] == ["0", "1", "3", "5"]
+    assert sorted(e.text for e in rest) == ["2", "4", "6", "7", "8", "9"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_servers_labels_tell_nothing_of_a_domain(seed: int) -> None:
+    """Half of each class in every domain, and no text of a device's: else a label could be read off the domain."""
+    devices, _, auxiliary = fedcollm._sentiment(fedcollm.Cell("sentiment", seed, "fedcollm"))
+    each = fedcollm.AUXILIARY // 4
+    own = {e.text for private in devices for e in private.labelled}
+
+    for at in range(0, len(auxiliary), each):
+        assert [e.label for e in auxiliary[at : at + each]].count(1) == each // 2
+    assert [len(private.labelled) for private in devices] == [fedcollm.LABELS] * 4
+    assert not own & {e.text for e in auxiliary}

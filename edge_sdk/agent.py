@@ -49,7 +49,7 @@ from edge_sdk.protocol import (
     Update,
 )
 from edge_sdk.session import Action, Event, Session
-from edge_sdk.store import MEMBER, UNSEEN, WORK, Parcel, Store
+from edge_sdk.store import MEMBER, SPENT, UNSEEN, WORK, Parcel, Store
 from edge_sdk.tasks import Private, Task
 from edge_sdk.tokens import Ids
 from edge_sdk.training.batches import Progress
@@ -63,7 +63,6 @@ if TYPE_CHECKING:  # they bring torch, which only training needs
 
 ADAPTER = "adapter.safetensors"
 START = "start.safetensors"  # the global adapter, where the device's own is another
-MAX_SHEET = 1 << 24  # bytes of a sheet of texts, or of what the LLM says of them
 MAX_TOKENIZER = 1 << 26  # bytes: one of 262,144 tokens has 33 MB
 PAGE = 500  # lines of the feed asked for at a time
 MAX_FEED_LINES = 200_000  # that a device reads of one run's feed
@@ -331,7 +330,7 @@ class Agent:
             self._say(f"secure averaging: {secure.told(work)}, {len(parcel.body):,} bytes")
             return
         if isinstance(work, Train) and work.masked:
-            _secure()  # before anything is downloaded and trained for it
+            _secure().check_unspent(self._store, work.version)  # before anything is downloaded and trained for it
         if isinstance(work, Finished):  # no cohort will ask again
             self._store.drop_fact(MEMBER)
             (self._store.home / UNSEEN).unlink(missing_ok=True)
@@ -414,7 +413,7 @@ class Agent:
         if manifest.task.answer_tokens and not work.top_k:
             raise WireError("bad-message", "answers are texts here, and it is not said how many tokens to tell at each position")
         adapter = kept_adapter(self._store, manifest) or dict(start)
-        sheet = wire.unpack_lines(await self._blob(SHEET, work.sheet, min(work.size, MAX_SHEET)), Text)
+        sheet = wire.unpack_lines(await self._blob(SHEET, work.sheet, min(work.size, wire.MAX_SHEET)), Text)
         if not sheet or len(sheet) != work.count:
             raise WireError(
                 "bad-message", f"sheet {work.version} has {len(sheet)} texts, not the {work.count} it was said to have"
@@ -462,11 +461,11 @@ class Agent:
         """The public texts of a lesson. Raises: WireError: they are not as many as there should be."""
         if lesson is None:
             return []
-        body = await self._blob(LESSON, lesson.blob, MAX_SHEET)
+        body = await self._blob(LESSON, lesson.blob, wire.MAX_SHEET)
         found: list[Sample] | Heard
         if task.answer_tokens:
             told = wire.decode(body, Told)
-            limits = {SHEET: MAX_SHEET, KNOWLEDGE: MAX_SHEET, TEACHER: MAX_TOKENIZER}
+            limits = {SHEET: wire.MAX_SHEET, KNOWLEDGE: wire.MAX_SHEET, TEACHER: MAX_TOKENIZER}
             parts = (SHEET, told.texts), (KNOWLEDGE, told.knowledge), (TEACHER, told.tokenizer)
             bodies = [await self._blob(name, file.sha256, min(file.size, limits[name])) for name, file in parts]
             found = await asyncio.to_thread(exchange.hear, told, *bodies)
@@ -588,6 +587,7 @@ class Agent:
                 self._store.drop_fact(WORK)
                 self._store.drop_fact(OWN)
                 self._store.drop_fact(MEMBER)
+                self._store.drop_fact(SPENT)
                 self._store.drop_synthetic()
                 self._store.drop_residual()
                 for name in (ADAPTER, START, CHECKPOINT, UNSEEN, LESSON, SHEET, KNOWLEDGE, TEACHER, BEFORE):

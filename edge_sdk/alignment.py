@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,9 +30,8 @@ from edge_sdk.training.batches import TopTokens
 Ints = NDArray[np.int64]
 Offsets = Sequence[tuple[int, int]]
 
-NONE, EXACT, PREFIX, NEAREST = range(4)  # how a token was mapped
-WAYS = ("none", "exact", "prefix", "nearest")
-NEAR = 1 / 3  # edits for each byte of a token, at most, that `nearest` may make
+NONE, EXACT, PREFIX = range(3)  # how a token was mapped
+WAYS = ("none", "exact", "prefix")
 
 NOTHING = -1e4  # the logarithm of no probability: its exponential is 0 in float32 at any temperature below 90, and it is finite
 LEAST_MASS = 0.5  # of a position's probability that must have a counterpart
@@ -168,16 +166,12 @@ def _normalizer(tokenizer: Tokenizer) -> Callable[[str], str]:
     return normalize
 
 
-def vocabulary_map(
-    source: Vocabulary, target: Vocabulary, same: Mapping[int, int] | None = None, nearest: bool = False
-) -> VocabularyMap:
+def vocabulary_map(source: Vocabulary, target: Vocabulary, same: Mapping[int, int] | None = None) -> VocabularyMap:
     """For each token of the source the target token that begins a text which begins with it.
 
     1. exact: the same bytes, after the target's own normalization.
     2. prefix: the longest token that these bytes begin with. It is what a target that has no such token would say first.
        A prefix is more than spaces.
-    3. nearest, if asked for: the token of least edit distance, as in FedMKT and FuseLLM, of those with the same first letter
-       and of at most a third of the bytes in edits. It gives probability to what nobody said, so it is off by default.
 
     Ties go to the lowest id. A tokenizer's own special tokens are mapped by `same` alone: what ends a text, above all.
 
@@ -192,10 +186,9 @@ def vocabulary_map(
     else:
         found = VocabularyMap(np.full(len(source), -1, np.int64), np.zeros(len(source), np.uint8))
         index = _index(target)
-        near = _Near(index) if nearest else None
         for i, token in enumerate(source.tokens):
             if token:
-                found.ids[i], found.how[i] = _counterpart(_spellings(token, source, target), index, near)
+                found.ids[i], found.how[i] = _counterpart(_spellings(token, source, target), index)
     for own, other in (same or {}).items():
         if not 0 <= own < len(source) or not 0 <= other < len(target):
             raise DataError(f"{own} -> {other} names a token that one of the vocabularies lacks")
@@ -221,7 +214,7 @@ def _spellings(token: bytes, source: Vocabulary, target: Vocabulary) -> list[byt
     return [token, token[1:] if token.startswith(b" ") else b" " + token]
 
 
-def _counterpart(spellings: Sequence[bytes], index: Mapping[bytes, int], near: _Near | None) -> tuple[int, int]:
+def _counterpart(spellings: Sequence[bytes], index: Mapping[bytes, int]) -> tuple[int, int]:
     for spelling in spellings:
         if spelling in index:
             return index[spelling], EXACT
@@ -229,43 +222,7 @@ def _counterpart(spellings: Sequence[bytes], index: Mapping[bytes, int], near: _
         for length in range(len(spelling) - 1, 0, -1):
             if spelling[:length].strip() and spelling[:length] in index:
                 return index[spelling[:length]], PREFIX
-    for spelling in spellings if near else ():
-        if (found := near.find(spelling)) is not None:  # type: ignore[union-attr]  # `if near` above
-            return found, NEAREST
     return -1, NONE
-
-
-class _Near:
-    """Finds tokens of small edit distance among those with the same space, first letter and nearly the same length."""
-
-    def __init__(self, index: Mapping[bytes, int]) -> None:
-        self._buckets: dict[tuple[bytes, int], list[tuple[bytes, int]]] = {}
-        for token, i in index.items():
-            self._buckets.setdefault((_head(token), len(token)), []).append((token, i))
-
-    def find(self, token: bytes) -> int | None:
-        most = int(len(token.strip()) * NEAR)
-        lengths = range(len(token) - most, len(token) + most + 1)
-        near = ((edits(token, other), i) for n in lengths for other, i in self._buckets.get((_head(token), n), ()))
-        best = min(near, default=(most + 1, -1))
-        return best[1] if best[0] <= most else None
-
-
-def _head(token: bytes) -> bytes:
-    """Leading spaces and the first letter, an ASCII letter or accented one without its case and accent."""
-    text = token.decode(errors="replace")
-    bare = text.lstrip(" ")
-    return (text[: len(text) - len(bare)] + unicodedata.normalize("NFD", bare[:1]).casefold()[:1]).encode()
-
-
-def edits(one: bytes, other: bytes) -> int:
-    """Edit distance (Levenshtein): the fewest bytes to insert, delete or replace."""
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
-        before, row[0] = row[0], i
-        for j, b in enumerate(other, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
-    return row[-1]
 
 
 # Positions ------------------------------------------------------------------------------------------------------------

@@ -39,10 +39,17 @@ class Voice:
         return alignment.vocabulary(self.encoder.tokenizer)
 
     def offsets(self, answer: str, tokens: int) -> list[tuple[int, int]]:
-        """Where in the spelled answer each of its `tokens` tokens lies, after one entry for the prompt; see `alignment`."""
-        closed = self.end is not None
-        found = alignment.answer_offsets(self.encoder.tokenizer, self.encoder.spelled(answer), ended=False)
-        return [*found[: 1 + tokens - closed], *([(0, 0)] if closed else [])]  # an answer may have been cut
+        """Where in the spelled answer each of its first `tokens` tokens lies, after one entry for the prompt; see `alignment`."""
+        found = alignment.answer_offsets(self.encoder.tokenizer, self.encoder.spelled(answer), ended=self.end is not None)
+        return found[: 1 + tokens]
+
+    def size(self, answer: str, tokens: int) -> int:
+        """Bytes of UTF-8 that the first `tokens` tokens have read of an answer, without the spaces around it; at least 1.
+
+        It is the whole answer, unless that was cut: then what was not read counts for nobody. A character that was begun counts.
+        """
+        read = max(end for _, end in self.offsets(answer, tokens))
+        return max(len(self.encoder.spelled(answer)[:read].strip().encode()), 1)
 
 
 @dataclass(frozen=True)
@@ -74,17 +81,24 @@ def hear(told: Told, texts: bytes, knowledge: bytes, tokenizer: bytes) -> Heard:
 
 
 def sheet(voice: Voice, public: Sequence[Text]) -> Sheet:
-    """Public answers in a model's tokens. Raises: DataError: one is empty, an id comes twice, or there are too many."""
+    """Public answers in a model's tokens. Raises: DataError: one has no tokens, an id comes twice, or there are too many."""
     if len({text.id for text in public}) < len(public):
         raise DataError("two public texts have the same id")
-    tokens = voice.encoder.answers([text.answer for text in public], voice.end)
-    truths = {text.id: Truth(tuple(ids), _size(text)) for text, ids in zip(public, tokens, strict=True)}
-    return Sheet(voice.vocabulary.digest, len(voice.vocabulary), truths)
+    return Sheet(voice.vocabulary.digest, len(voice.vocabulary), {text.id: _truth(voice, text) for text in public})
 
 
-def said(public: Sequence[Text], found: Sequence[TopK]) -> list[Knowledge]:
+def _truth(voice: Voice, text: Text) -> Truth:
+    try:
+        (ids,) = voice.encoder.answers([text.answer], voice.end)
+    except DataError as error:
+        raise DataError(f"the answer of {text.id!r} cannot be said: {error}") from error
+    return Truth(tuple(ids), voice.size(text.answer, len(ids)))
+
+
+def said(voice: Voice, public: Sequence[Text], found: Sequence[TopK]) -> list[Knowledge]:
     """What a model says of public answers, from its likeliest tokens at each position."""
-    return [Knowledge(text.id, _size(text), top.ids, top.logprobs) for text, top in zip(public, found, strict=True)]
+    sizes = [voice.size(text.answer, len(top.ids)) for text, top in zip(public, found, strict=True)]
+    return [Knowledge(t.id, size, top.ids, top.logprobs) for t, size, top in zip(public, sizes, found, strict=True)]
 
 
 def lessons(
@@ -97,7 +111,8 @@ def lessons(
     """Public texts and answers as a model should learn them: label_weight * answer + (1 - label_weight) * the chosen teacher.
 
     A text is learned by its answer alone where no teacher says that better than the model itself. At a position that the teacher
-    does not share there is label_weight * answer, and nothing else.
+    does not share there is label_weight * answer, and nothing else. So whatever a teacher says, what a position teaches is least
+    where the answer's own token has label_weight of the probability, or more.
 
     Args:
         voice: the learner's. own: what it says of each text, in the same order, with as many tokens a position as the teachers.
@@ -152,6 +167,8 @@ def _told(
     else:
         places = other.offsets(text.answer, len(theirs)), voice.offsets(text.answer, len(ids))
         positions = alignment.align(spelled, *places, whole=True)
+    alike = mapping[np.asarray(theirs)[positions]] == np.asarray(ids)  # else the learner cuts the word elsewhere than the map
+    positions = np.where((positions >= 0) & alike, positions, -1)
     found = alignment.taught(alignment.translate(known.ids, known.logprobs, mapping), positions, start)
     return None if found is None else TopTokens(found.start, found.ids, found.logprobs, label_weight)
 
@@ -163,7 +180,3 @@ def _key(voice: Voice) -> tuple[str, int | None]:
 def _map(source: Voice, target: Voice) -> Ints:
     ends: Mapping[int, int] = {} if source.end is None or target.end is None else {source.end: target.end}
     return alignment.vocabulary_map(source.vocabulary, target.vocabulary, ends).ids
-
-
-def _size(text: Text) -> int:
-    return len(text.answer.strip().encode())

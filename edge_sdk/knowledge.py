@@ -48,7 +48,7 @@ class Truth:
 
     Args:
         tokens: ids of its tokens, its end among them where models are to say it.
-        size: its length in bytes of UTF-8.
+        size: how many bytes of UTF-8 the tokens have read of it: all, unless it was cut.
     """
 
     tokens: tuple[int, ...]
@@ -88,7 +88,7 @@ class Knowledge:
 
     Args:
         id: of the sample.
-        size: of the answer, in bytes of UTF-8.
+        size: as `Truth`'s.
         ids: the likeliest tokens at each position of the answer, (m, k).
         logprobs: their natural log-probabilities over the whole vocabulary, (m, k).
     """

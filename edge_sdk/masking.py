@@ -71,7 +71,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         secret: 32 fresh bytes that no other cohort has seen.
         inbox: the opened shares of everybody that shared, by device, its own included; a seed's and a key's after it.
-        uploaded: sha256 of the masked vector.
+        uploaded: sha256 of the masked vector. version: what it holds was learned from this one.
         answered: the list it revealed shares for.
     """
 
@@ -81,6 +81,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     roster: Roster | None = None
     inbox: Annotated[dict[Id, Shared], Meta(max_length=MAX_MEMBERS)] = {}
     uploaded: str = ""
+    version: int = -1
     answered: Survivors | None = None
 
     def __repr__(self) -> str:  # a log is no place for secrets
@@ -111,13 +112,16 @@ def decode(total: Ring, terms: Terms, count: int) -> tuple[Floats, int]:
     """The weighted mean and the sum of weights from the sum of `count` encoded vectors; `Terms.error` says how exact.
 
     Raises:
-        WireError: `bad-sum`: `count` devices cannot have this sum of weights, so a mask is still on it.
+        WireError: `bad-sum`: no `count` encoded vectors have this sum of weights, or a mean beyond `clip`; a mask is still on it,
+            or a vector was none that `encode` makes.
     """
     weight = int(total[-1])
     if not count <= weight <= count * terms.max_weight:
-        raise WireError("bad-sum", "the masks do not cancel: a device sent a false share or vector; form a new cohort", 422)
-    mean: Floats = (total[:-1].view(np.int32) / (terms.scale * float(weight))).astype(np.float32)
-    return mean, weight
+        raise WireError("bad-sum", "the masks do not cancel: a device sent a false share or vector", 422)
+    mean = total[:-1].view(np.int32) / (terms.scale * float(weight))
+    if np.abs(mean).max() > terms.clip + terms.error:
+        raise WireError("bad-sum", f"the mean is beyond {terms.clip}, where each vector is cut: a device sent a false one", 422)
+    return mean.astype(np.float32), weight
 
 
 def pack(vector: Ring) -> bytes:
@@ -172,7 +176,7 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def check_keys(members: Sequence[Advertise], used: Collection[bytes]) -> None:
+def check_keys(members: Sequence[Advertise], used: Collection[bytes] = ()) -> None:
     """Raises: WireError: `bad-keys`: a key is there twice, was in another cohort, is of low order or not canonical."""
     keys = [key for member in members for key in (member.cipher_key, member.mask_key)]
     if len(set(keys)) < len(keys):
@@ -244,18 +248,15 @@ def join(terms: Terms, device: str, secret: bytes) -> tuple[Member, Advertise]:
     return member, Advertise(terms.cohort, device, public_key(_own(member, b"cipher key")), public_key(_own(member, b"mask key")))
 
 
-def share(member: Member, roster: Roster, used: Collection[bytes] = ()) -> tuple[Member, Shares]:
+def share(member: Member, roster: Roster) -> tuple[Member, Shares]:
     """Spreads what would take off this device's masks over the cohort.
-
-    Args:
-        used: public keys, its own and others', that this device saw in earlier cohorts.
 
     Raises:
         WireError: `wrong-cohort`, `bad-keys`, `bad-list` (no order, a device twice, itself missing), `too-few`, or
             `already-answered` (with another roster).
     """
     if member.roster is None:
-        _check_roster(member, roster, used)
+        _check_roster(member, roster)
     elif member.roster != roster:
         raise WireError("already-answered", "this device has shared with another roster of this cohort", 409)
     bound = binding(roster)
@@ -378,7 +379,7 @@ def _envelope(bound: bytes, sender: str, receiver: str) -> tuple[bytes, bytes]:
     return bytes(11) + bytes([sender < receiver]), _info(b"seal", bound, sender, receiver)
 
 
-def _check_roster(member: Member, roster: Roster, used: Collection[bytes]) -> None:
+def _check_roster(member: Member, roster: Roster) -> None:
     if roster.terms != member.terms or any(other.cohort != member.terms.cohort for other in roster.members):
         raise WireError("wrong-cohort", "this roster is of another cohort, or on other terms", 409)
     if roster.ids != sorted(set(roster.ids)) or len(roster.ids) > roster.terms.size:
@@ -387,7 +388,7 @@ def _check_roster(member: Member, roster: Roster, used: Collection[bytes]) -> No
     if own not in roster.members:
         raise WireError("bad-list", "this device is not on the roster with the keys it sent", 422)
     _check_count(roster.terms, len(roster.members), "sent keys")
-    check_keys(roster.members, used)
+    check_keys(roster.members)
 
 
 def _on_roster(member: Member, cohort: str) -> Roster:

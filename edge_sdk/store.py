@@ -24,6 +24,7 @@ from edge_sdk.tasks import Private, Task
 NAME = "device.sqlite"
 CURSOR = "synthetic"  # the fact that holds how much of the feed of synthetic data this device has
 MEMBER = "member"  # the fact that holds what a device must remember of its cohort in secure averaging
+SPENT = "spent"  # the fact that holds the newest version whose training was averaged in secure averaging
 UNSEEN = "unseen.safetensors"  # the file that holds what was learned and is sent masked only
 WORK = "work"  # the fact that holds training under way, to go on with after a power cut
 _SET_FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"

@@ -97,6 +97,8 @@ class PromptEncoder:
     def answers(self, texts: Sequence[str], end: int | None) -> list[Ids]:
         """Token ids of each answer, with a leading space where the pattern ends without one, and the end token.
 
+        An answer of more than `task.answer_tokens` tokens is cut, and then it has no end: nobody should learn to stop there.
+
         Raises:
             DataError: this task's answers are labels, or an answer is empty.
         """
@@ -104,7 +106,7 @@ class PromptEncoder:
             raise DataError("the answers of this task are its labels")
         encoded = _read(self._encode([self.spelled(text) for text in _strings(texts)]))
         last = [] if end is None else [end]
-        return [[*ids[: self._answer_tokens - len(last)], *last] for ids in encoded]
+        return [[*ids, *last][: self._answer_tokens] for ids in encoded]
 
     def spelled(self, answer: str) -> str:
         """An answer as it is tokenized: with a leading space where the pattern ends without one; "" for an empty one."""

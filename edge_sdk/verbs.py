@@ -156,7 +156,8 @@ def tell(
 
 def know(public: Sequence[Text], engine: Scorer, k: int) -> list[Knowledge]:
     """What a model, with the adapter it has, says of public answers: the k likeliest tokens at each position."""
-    return exchange.said(public, engine.answer_top_k([t.text for t in public], [t.answer for t in public], k))
+    found = engine.answer_top_k([t.text for t in public], [t.answer for t in public], k)
+    return exchange.said(Voice(engine.encoder, engine.end), public, found)
 
 
 def train(

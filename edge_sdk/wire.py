@@ -40,6 +40,7 @@ MAX_EXAMPLES = 10_000_000
 MAX_METRICS = 64
 MAX_TEXTS = 10_000  # of a sheet, or of a page of the feed
 MAX_TEXT = 10_000  # characters of a synthetic text
+MAX_SHEET = 1 << 24  # bytes of a sheet of texts, or of what is said of its tokens
 MIN_EXAMPLES: dict[type, int] = {Update: 1, Evaluation: 0, Trained: 1, Judgment: 0}
 
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)  # what msgspec raises where JSON or a type is wrong
@@ -297,7 +298,7 @@ def _header(body: bytes) -> tuple[dict[str, msgspec.Raw], int]:
 
 
 def _tensors(header: Mapping[str, msgspec.Raw], data: memoryview, expected: Layout) -> Tensors:
-    """Arrays that have the expected names, types and shapes and fill `data` exactly; copies, so the body can be let go."""
+    """Arrays that have the expected names, types and shapes and fill `data` exactly; read only, they lie in the body."""
     entries: dict[str, TensorEntry] = {}
     for name, raw in header.items():
         try:
@@ -321,5 +322,6 @@ def _tensors(header: Mapping[str, msgspec.Raw], data: memoryview, expected: Layo
     for name, entry in entries.items():
         begin, end = entry.data_offsets
         item = ITEM[entry.dtype]
-        tensors[name] = np.frombuffer(data[begin:end], item).reshape(entry.shape).astype(item.newbyteorder("="))
+        values = np.frombuffer(data[begin:end], item).reshape(entry.shape)
+        tensors[name] = np.require(values, item.newbyteorder("="), "A")  # a copy only where a header left it askew
     return tensors

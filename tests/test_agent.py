@@ -196,6 +196,19 @@ async def test_a_busy_server_is_tried_again_with_the_same_bytes(world: World) ->
     assert world.slept
 
 
+async def test_a_line_too_slow_for_the_server_costs_no_training(world: World) -> None:
+    """408 says nothing of the update: what was learned stays in the outbox, and the same bytes arrive later."""
+    fill(world.store)
+    adapter = start(world)
+    world.server.work += [train(adapter), Finished(0, adapter)]
+    world.server.refusals += [WireError("too-slow", "the body did not arrive", 408)] * 2
+    await world.agent().run()
+
+    assert [type(result) for result in world.server.results] == [Update]
+    assert len(world.slept) == 2
+    assert not world.said("dropped")
+
+
 @pytest.mark.parametrize("damage", ["wrong bytes", "wrong shapes", "not finite"])
 async def test_a_bad_adapter_never_replaces_a_good_one(world: World, damage: str) -> None:
     """An adapter whose hash, shapes or values are wrong is refused; the one kept before stays."""

@@ -17,7 +17,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from bench import fleet
 from edge_sdk.alignment import (
     EXACT,
-    NEAREST,
     NONE,
     NOTHING,
     PREFIX,
@@ -25,7 +24,6 @@ from edge_sdk.alignment import (
     Vocabulary,
     align,
     answer_offsets,
-    edits,
     taught,
     translate,
     vocabulary,
@@ -156,7 +154,7 @@ def test_a_map_by_hand() -> None:
     target = hand_made(" go", " good", "-", "g", "go")
 
     assert mapped(source, target, same={0: 2}) == ([2, 1, 1, 4, -1, -1, -1], [EXACT, EXACT, PREFIX, PREFIX, NONE, NONE, NONE])
-    assert vocabulary_map(source, target).shares() == {"none": 4 / 7, "exact": 1 / 7, "prefix": 2 / 7, "nearest": 0}
+    assert vocabulary_map(source, target).shares() == {"none": 4 / 7, "exact": 1 / 7, "prefix": 2 / 7}
 
 
 def test_a_prefix_is_more_than_spaces() -> None:
@@ -199,22 +197,6 @@ def test_a_mark_that_a_normalizer_adds_is_no_part_of_a_token() -> None:
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
     assert mapped(hand_made(" good", "good", " "), vocabulary(made)) == ([0, 1, -1], [EXACT, EXACT, NONE])
-
-
-def test_the_nearest_token_is_found_only_on_request() -> None:
-    """One edit in six bytes will do, three in five will not; the same distance goes to the lowest id."""
-    source, target = hand_made(" kolour", " kxyzu"), hand_made(" kolom", " kolor", " kolur")
-
-    assert mapped(source, target) == ([-1, -1], [NONE, NONE])
-    assert mapped(source, target, nearest=True) == ([1, -1], [NEAREST, NONE])
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "count"), [("", "abc", 3), ("kitten", "sitting", 3), ("same", "same", 0), ("ab", "ba", 2)]
-)
-def test_edit_distance_by_hand(one: str, other: str, count: int) -> None:
-    """Textbook values, the same both ways."""
-    assert edits(one.encode(), other.encode()) == edits(other.encode(), one.encode()) == count
 
 
 def test_what_means_the_same_must_exist() -> None:

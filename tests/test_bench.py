@@ -543,5 +543,6 @@ def test_a_row_of_secure_averaging(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert (row["devices"], row["dropped"]) == (4, 1)
     assert row["ratio"] == row["secure_seconds"] / row["plain_seconds"]
+    assert 0 < row["phases_seconds"] < row["secure_seconds"]
     assert 0 < row["error"] <= 1e-5
     assert row["protocol_bytes"] > 4 * (44 + 44)

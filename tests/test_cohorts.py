@@ -45,12 +45,17 @@ def test_terms_are_the_settings_for_this_adapter() -> None:
     """As many devices as a buffer, the settings' threshold, clip and weight, the adapter's length, and the name given."""
     settings = Secure(threshold=4, clip=0.5, max_weight=9, join_seconds=1.0, phase_seconds=2.0)
 
-    assert cohorts.terms(settings, 6, FREE, "run-0-0") == Terms("run-0-0", 6, 4, 40, 0.5, 9)
+    assert cohorts.terms(settings, 6, FREE, "run-0-0", 10) == Terms("run-0-0", 6, 4, 40, 0.5, 9)
+
+
+def test_an_update_counts_for_the_smaller_of_both_limits() -> None:
+    """What a run says of examples holds with masks on, too."""
+    assert [cohorts.terms(Secure(max_weight=9), 4, FREE, "c", most).max_weight for most in (1, 8, 9, 10_000)] == [1, 8, 9, 9]
 
 
 def test_the_defaults_go_together() -> None:
     """What a file gets that only says [lpfl.secure]: three of four devices, updates cut at 1, 64 examples at most."""
-    assert cohorts.terms(Secure(), LpFl().buffer_size, FREE, "c") == Terms("c", 4, 3, 40, 1.0, 64)
+    assert cohorts.terms(Secure(), LpFl().buffer_size, FREE, "c", LpFl().max_examples) == Terms("c", 4, 3, 40, 1.0, 64)
 
 
 # What a device does next ---------------------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ def test_a_phase_without_an_end_is_refused(settings: dict[str, float], said: str
 def test_settings_that_make_no_cohort_are_refused(buffer_size: int, settings: Secure, said: str) -> None:
     """Threshold, devices, clip and weight are looked at when the file is read, not when the first device has trained."""
     with pytest.raises(SettingsError, match=said):
-        LpFl(buffer_size=buffer_size, secure=settings)
+        LpFl(buffer_size=buffer_size, max_examples=10**6, secure=settings)
 
 
 @pytest.mark.parametrize(("buffer_size", "threshold"), [(2, 2), (3, 2), (4, 3), (5, 3), (128, 65), (4, 4)])
@@ -217,7 +222,7 @@ def test_the_smallest_threshold_is_one_more_than_half(buffer_size: int, threshol
     """And all of them is the largest; both make a cohort."""
     made = LpFl(buffer_size=buffer_size, secure=Secure(threshold=threshold))
 
-    assert cohorts.terms(made.secure or Secure(), buffer_size, FREE, "c").threshold == threshold
+    assert cohorts.terms(made.secure or Secure(), buffer_size, FREE, "c", 64).threshold == threshold
 
 
 def run_of(lpfl: LpFl, system: str = "lpfl", **adapter: Any) -> RunSettings:

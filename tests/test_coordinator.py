@@ -527,11 +527,11 @@ def test_a_tick_ends_a_phase_only_when_its_time_is_over() -> None:
 
 
 def test_a_lost_cohort_is_followed_by_another() -> None:
-    """It stands as failed with its reason; the next one knows nothing of it but its keys."""
+    """It stands as failed with its reason, and shares were revealed; the next one knows nothing of it but its keys."""
     lost = replay(*OPENED_EVENTS, *ALL_ANSWERS, Lost("the masks do not cancel"))
     state = apply(lost, Opened(terms("c1"), 30.0, 6.0))
 
-    assert lost.cohort == Failed("c0", "the masks do not cancel")
+    assert lost.cohort == Failed("c0", "the masks do not cancel", revealed=True)
     assert state.cohort == Cohort(terms("c1"), 30.0)
     assert (state.cohorts, state.seconds, state.keys) == (2, 6.0, lost.keys)
     assert len(state.keys) == 4

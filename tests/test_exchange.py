@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -25,6 +26,7 @@ from edge_sdk.knowledge import LOWEST, Knowledge, Sheet, Truth
 from edge_sdk.protocol import Text, Told
 from edge_sdk.tasks import Task
 from edge_sdk.tokens import PromptEncoder
+from edge_sdk.training import losses
 from edge_sdk.training.batches import Answer, Row, TopTokens
 from tests import strategies
 from tests.test_alignment import TOKENIZERS
@@ -102,27 +104,55 @@ def test_an_answer_in_the_tokens_of_two_models() -> None:
 
 
 def test_where_the_tokens_of_an_answer_lie() -> None:
-    """One entry for the prompt, one for each token, and one without width for the end; a cut answer's end comes early."""
+    """One entry for the prompt, one for each token, and one without width for the end, which a cut answer does not have."""
     cut = msgspec.structs.replace(ASK, answer_tokens=2)
 
     assert LETTER_BY_LETTER.offsets("abc", 4) == [(0, 0), (0, 1), (1, 2), (2, 3), (0, 0)]
     assert voice(LETTERS).offsets("abc", 3) == [(0, 0), (0, 1), (1, 2), (2, 3)]
-    assert voice(LETTERS, END, cut).offsets("abc", 2) == [(0, 0), (0, 1), (0, 0)]
+    assert voice(LETTERS, END, cut).offsets("abc", 2) == [(0, 0), (0, 1), (1, 2)]
     assert voice(LETTERS, None, cut).offsets("abc", 2) == [(0, 0), (0, 1), (1, 2)]
     assert voice(PIECES, 6, JOINED).offsets("ab", 3) == [(0, 0), (0, 1), (1, 3), (0, 0)]
-    assert exchange.sheet(voice(LETTERS, END, cut), public("abc")).truths["p0"].tokens == (A, END)
+    assert exchange.sheet(voice(LETTERS, END, cut), public("abc")).truths["p0"] == Truth((A, B), 2)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "answer", "sizes"),
+    [
+        (LETTERS, " abc ", [1, 1, 2, 3, 3]),  # the prompt, three letters, the end
+        (PIECES, "abc", [1, 2, 3, 3]),
+        (TOKENIZERS["bytes"], "é漢", [1, 2, 5, 5, 5, 5]),  # é, and three bytes of 漢
+    ],
+)
+def test_bytes_that_were_read_of_an_answer(tokenizer: Tokenizer, answer: str, sizes: list[int]) -> None:
+    """Of a cut answer only what its tokens have read, a character from its first byte on; never nothing."""
+    who = voice(tokenizer, 0)
+
+    assert [who.size(answer, tokens) for tokens in range(len(sizes))] == sizes
+
+
+def test_a_tokenizer_whose_answer_is_cut_has_no_advantage() -> None:
+    """Twelve letters at six tokens each: letters at .5 say half the answer and lose to pieces at .45 that say all of it."""
+    texts = public("abacab" * 2)
+    letters, pieces = (sure(who, texts, share) for who, share in ((LETTER_BY_LETTER, 0.5), (IN_PIECES, 0.45)))
+    (row,), chosen = exchange.lessons(IN_PIECES, texts, pieces, [(LETTER_BY_LETTER, letters)], 0.9)
+    (prompt,) = IN_PIECES.encoder.prompts(["abc"])
+
+    assert exchange.sheet(LETTER_BY_LETTER, texts).truths["p0"] == Truth((A, B, A, C, A, B), 6)
+    assert exchange.sheet(IN_PIECES, texts).truths["p0"] == Truth((4, 5, 4, 4, 5, 4), 12)
+    assert (chosen.tolist(), row) == ([-1], Row([*prompt, 4, 5, 4, 4, 5, 4], Answer(len(prompt))))
 
 
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (public("a", " "), "at least one word"),
+        (public("a", " "), "the answer of 'p1' cannot be said: .* at least one word"),
+        (public("é"), "the answer of 'p0' cannot be said"),
         ([Text("p", "a", 0, "b"), Text("p", "a", 0, "c")], "the same id"),
         ([Text(" \n", "a", 0, "b")], "printable"),
     ],
 )
 def test_texts_that_cannot_be_spoken_of(texts: list[Text], said: str) -> None:
-    """No answer, an id that comes twice, or one that cannot be printed."""
+    """No answer, one that the tokenizer makes nothing of, an id that comes twice, or one that cannot be printed."""
     with pytest.raises(DataError, match=said):
         exchange.sheet(LETTER_BY_LETTER, texts)
 
@@ -130,9 +160,9 @@ def test_texts_that_cannot_be_spoken_of(texts: list[Text], said: str) -> None:
 def test_what_is_said_is_named_by_its_text() -> None:
     """Likeliest tokens get the id and the size of their answer."""
     tops = [TopK(np.array([[A, B]]), np.log(np.array([[0.5, 0.25]], np.float32)))] * 2
-    found = exchange.said(public("a", " bc "), tops)
+    found = exchange.said(LETTER_BY_LETTER, public("a", " bc "), tops)
 
-    assert [(x.id, x.size) for x in found] == [("p0", 1), ("p1", 2)]
+    assert [(x.id, x.size) for x in found] == [("p0", 1), ("p1", 1)]  # of `bc` one token was asked for
     assert found[1].ids is tops[1].ids
 
 
@@ -156,6 +186,40 @@ def test_pieces_are_learned_as_the_letters_they_begin_with() -> None:
     assert dealt(target, 0) == [(token, shares[token]) for token in (B, C, A, B)]  # the least likely fills what is left
     assert dealt(target, 1) == [(0, 0.25)] * 4  # one token: nothing to learn
     assert dealt(target, 2) == [(C, 0.02), (B, 0.03), (A, 0.05), (END, 0.9)]
+
+
+def test_where_the_learner_cuts_a_word_elsewhere_nothing_is_taught() -> None:
+    """A teacher's `abc` begins like the learner's `ab`, but the learner says `a` and `bc`: `ab` would be wrong there."""
+    texts = public("abc")
+    who = voice(bpe(["Ġ", "a", "b", "c", "bc", "ab", "<end>"], ("b", "c"), ("a", "b")), 6)
+    teacher = voice(bpe(["Ġ", "a", "b", "c", "ab", "abc", "<end>"], ("a", "b"), ("ab", "c")), 6)
+    said = known("p0", 3, {5: 0.9, 1: 0.05}, {6: 0.9, 1: 0.05})
+    (row,), chosen = exchange.lessons(who, texts, sure(who, texts, 0.01), [(teacher, [said])], 0.5)
+
+    assert vocabulary_map(teacher.vocabulary, who.vocabulary).ids.tolist() == [0, 1, 2, 3, 5, 5, -1]
+    assert (chosen.tolist(), row.ids[-3:]) == ([0], [1, 4, 6])
+    assert [dealt(top(row), i) for i in (0, 1)] == [[(0, 0.5)] * 2] * 2
+    assert dict(dealt(top(row), 2)) == {6: 0.9 / 0.95, 1: 0.05 / 0.95}
+
+
+def test_a_liar_moves_an_answer_no_further_than_the_teachers_weight() -> None:
+    """All but one token it says best; there the loss is least at .9 + .1 * .2 for the truth and .1 * .8 for the lie."""
+    texts, who = public("abcab"), LETTER_BY_LETTER
+    truth = exchange.sheet(who, texts).truths["p0"].tokens
+    said = [{x: 0.2, A: 0.8} if i == 2 else {x: 0.99, (x + 1) % 5: 0.01} for i, x in enumerate(truth)]
+    teachers = [(who, sure(who, texts, 0.7)), (who, [known("p0", 5, *said)])]
+    (row,), chosen = exchange.lessons(who, texts, sure(who, texts, 0.6), teachers, 0.9)
+    target = top(row)
+    scores = torch.full((len(row.ids), 5), -1e4)
+    at = target.start - 1 + 2
+    scores[at, [C, A]] = torch.tensor([0.92, 0.08]).log()
+    scores.requires_grad_()
+    loss = losses.answer(scores, torch.eye(5), row.ids, target)[2]
+    (slope,) = torch.autograd.grad(loss, scores)
+
+    assert (chosen.tolist(), truth[2], target.label_weight) == ([1], C, 0.9)
+    assert dict(dealt(target, 2)) == {C: 0.2, A: 0.8}
+    np.testing.assert_allclose(slope[at], 0, atol=1e-6)
 
 
 def test_letters_teach_pieces_only_where_they_say_as_much() -> None:
@@ -341,6 +405,20 @@ def test_whatever_the_tokenizers_nothing_is_taught_that_nobody_said(data: st.Dat
             else:
                 assert set(ids) <= given_some
                 np.testing.assert_allclose(sum(dict(zip(ids, np.exp(logprobs), strict=True)).values()), 1, rtol=1e-4)
+
+
+@strategies.fuzzing
+@given(st.data(), st.sampled_from([2, 6]))
+def test_whoever_is_sure_of_an_answer_teaches_it(data: st.DataObject, most: int) -> None:
+    """Whatever the two tokenizers: wherever something is learned, the answer's own token is learned most."""
+    task = msgspec.structs.replace(data.draw(st.sampled_from([ASK, JOINED])), answer_tokens=most)
+    texts = public(data.draw(st.text("abc", min_size=1, max_size=6)))
+    who, other = data.draw(voices(task)), data.draw(voices(task))
+    (row,), _ = exchange.lessons(who, texts, sure(who, texts, 1e-4), [(other, sure(other, texts, 0.9))], 0.5)
+
+    if isinstance(row.target, TopTokens):
+        for token, ids, logprobs in zip(row.ids[row.target.start :], row.target.ids, row.target.logprobs, strict=True):
+            assert len(set(ids.tolist())) == 1 or ids[logprobs.argmax()] == token
 
 
 # What comes over the wire ---------------------------------------------------------------------------------------------

@@ -102,10 +102,8 @@ class Ended:
 def ended(house: House, address: str) -> Ended:
     """Once all devices have gone."""
     agents = [process for process in house.running if "edge_sdk.cli" in process.args]  # type: ignore[operator]
-    until(lambda: status(address).finished, PATIENCE)
-    found = status(address)
     until(lambda: all(process.poll() is not None for process in agents), PATIENCE)
-    return Ended(house, found)
+    return Ended(house, status(address))
 
 
 @pytest.fixture(scope="module")

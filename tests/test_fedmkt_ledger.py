@@ -377,7 +377,7 @@ async def test_a_refused_answer_leaves_nothing(tmp_path: Path) -> None:
     [
         (None, PUBLIC, r"fedmkt needs a process for its LLM"),
         (Simulator(), (), r"labelled texts in the file fedmkt\.public"),
-        (Simulator(), (Example("two\nlines", 1),), r"fedmkt\.public: text 0 cannot be sent"),
+        (Simulator(), (Example("two\nlines", 1),), r"fedmkt\.public: text 0 has a character that is not"),
     ],
 )
 def test_a_run_needs_an_llm_and_texts(tmp_path: Path, compute: Simulator | None, public: tuple[Example, ...], said: str) -> None:

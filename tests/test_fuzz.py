@@ -1,14 +1,17 @@
-"""Two thousand requests made up from the server's own table of routes: no 5xx, no growth, and work goes on afterwards."""
+"""Requests made up from the server's own table of routes, and signed ones: no 5xx, no growth, and work goes on afterwards."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import socket
+import struct
+import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from edge_sdk import wire
+from edge_sdk import identity, wire
 from edge_sdk.adapters import shapes_of
+from edge_sdk.identity import Clock
 from edge_sdk.protocol import Problem, Train, Update
+from edge_sdk.signed import Signed
 from edge_sdk.transport import Api, HttpTransport
+from edge_server import cli
 from edge_server.openapi import CODES, ROUTES, Route
 from tests import server_helpers as helpers
 from tests.server_helpers import delta, tensors, upload
@@ -30,7 +36,7 @@ from tests.strategies import SHARP_NUMBERS, any_text, damaged, header_bytes, hea
 from tests.test_server_process import Server, Site
 
 MB = 1 << 20
-REQUESTS = 2000
+REQUESTS, SIGNED = 2000, 300
 METHODS = ["GET", "POST", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
 KNOWN = [f"d{number}" for number in range(24)]  # devices that are enrolled
 STRANGER = "d-none"
@@ -219,4 +225,73 @@ def test_no_request_is_a_server_error(server: Server, site: Site) -> None:
     assert seen > {200, 400, 403, 404, 405, 415, 422}
     assert peak(server) - before < 64 * MB
     assert asyncio.run(take_part(server)) not in blobs
+    assert "Traceback" not in site.said
+
+
+# What members of a guarded server ask ---------------------------------------------------------------------------------
+MEMBER = bytes(range(32))  # its private key
+
+
+def signed(asked: Asked, clock: Clock, nonce: int) -> Asked:
+    """The same in the member's name, which takes the place of `d0` in the body, and signed by it."""
+    body = re.sub(rb"\bd0\b", identity.device_id(MEMBER).encode(), asked.body)
+    if body != asked.body and len(body) >= 8 and body[:1] != b"{":  # the header of an update has become longer
+        (length,) = struct.unpack("<Q", body[:8])
+        body = struct.pack("<Q", (length + len(body) - len(asked.body)) % (1 << 64)) + body[8:]
+    path, _, query = asked.target.partition("?")
+    headers = identity.sign(MEMBER, asked.method, path, query, identity.claim(MEMBER, body, clock, f"{nonce:016x}"))
+    return replace(asked, headers=(*headers.items(), *asked.headers), body=body)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[Server, Site]]:
+    """A server that knows its devices; the member is one of them."""
+    site = Site(tmp_path, helpers.settings(buffer_size=1, max_staleness=1000))
+    with site.serve("--require-tokens") as running:
+        assert cli.main(["token", "mint", "--data", str(site.data)]) == 0
+        asyncio.run(member(running, capsys.readouterr().out.strip()))
+        yield running, site
+
+
+async def member(server: Server, token: str = "") -> None:
+    """It enrols, if it has a token, and does what it is told: one update."""
+    async with HttpTransport(server.url) as transport:
+        api, device = Api(Signed(transport, MEMBER)), identity.device_id(MEMBER)
+        if token:
+            await api.enroll(device, "member", token=token)
+        while not isinstance(work := await api.ask(device, True), Train):
+            pass
+        await api.send(wire.TENSORS_TYPE, upload(device, work.version))
+
+
+async def clock_of(server: Server) -> Clock:
+    """What it tells with a 401."""
+    async with HttpTransport(server.url) as transport:
+        refused = await transport.request("POST", "/v1/work")
+    found = identity.clock(refused.headers["WWW-Authenticate"])
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+def test_no_signed_request_is_a_server_error(guarded: tuple[Server, Site]) -> None:
+    """What a device says with its own signature gets past the guard, and is answered as well as that of anybody."""
+    server, site = guarded
+    clock, nonces, seen, codes = asyncio.run(clock_of(server)), itertools.count(), set[int](), set[str]()
+    ahead = clock.time - time.time()
+
+    @settings(max_examples=SIGNED, suppress_health_check=list(HealthCheck))
+    @given(requests(["0" * 64, "../admin.sqlite"]))
+    def holds(asked: Asked) -> None:
+        now = replace(clock, time=int(time.time() + ahead))
+        answered = answer(server, signed(asked, now, next(nonces)))
+        seen.add(answered.status)
+        codes.update(re.findall('"code":"([a-z0-9-]+)"', answered.body.decode(errors="replace")))
+        check(asked, answered)
+
+    holds()
+    assert seen > {200, 400, 401, 404, 405}
+    assert codes > {"bad-message", "not-admin", "wrong-system"}
+    assert codes.isdisjoint({"unsigned", "bad-signature", "wrong-time", "replayed", "revoked", "token-needed"})
+    asyncio.run(member(server))
     assert "Traceback" not in site.said

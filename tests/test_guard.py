@@ -10,6 +10,7 @@ import ssl
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -543,6 +544,45 @@ def test_a_deployment_with_tokens_and_tls(site: Site, tmp_path: Path, capsys: Ca
         assert agent_cli.main(join) == 1
         assert "revoked: " in capsys.readouterr().err
     assert stat.S_IMODE((site.data / "admin.token").stat().st_mode) == 0o600
+
+
+class Trips(ThreadPoolExecutor):
+    """Counts what is given to its threads."""
+
+    count = 0
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return super().submit(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "part"),
+    [("GET", "bytes=0-", slice(None)), ("GET", "bytes=7-600019", slice(7, 600_020)), ("HEAD", "bytes=0-", slice(0))],
+)
+async def test_a_blob_over_tls_comes_as_it_is_and_with_few_trips_to_a_thread(
+    tmp_path: Path, method: str, asked: str, part: slice
+) -> None:
+    """asyncio's own sendfile makes one for every 16 KiB; compression is none, whatever the device would take."""
+    cert, key = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    ledger, blob = helpers.open_ledger(tmp_path / "data"), secrets.token_bytes(700_000)
+    path = f"/v1/blobs/{ledger.blobs.put(blob)}"
+    server = TestServer(create_app(ledger), scheme="https")
+    await server.start_server(ssl=context)
+    async with server, aiohttp.ClientSession() as session:
+        trips = Trips()
+        asyncio.get_running_loop().set_default_executor(trips)
+        headers = {"Range": asked, "Accept-Encoding": "gzip, deflate"}
+        url, tls = server.make_url(path), ssl.create_default_context(cafile=cert)
+        async with session.request(method, url, ssl=tls, headers=headers) as answer:
+            body = await answer.read()
+
+    assert (answer.status, body) == (206, blob[part])
+    assert answer.headers["Content-Length"] == str(len(blob[part]) or len(blob))
+    assert "Content-Encoding" not in answer.headers
+    assert trips.count < 10
 
 
 def test_plain_http_and_strange_certificates_are_refused_by_tls(site: Site, tmp_path: Path) -> None:

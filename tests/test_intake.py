@@ -183,7 +183,8 @@ async def test_a_body_that_stops_is_given_up_before_its_time(tmp_path: Path, mon
     intake = Intake()
     async with running(tmp_path, intake) as server:
         reader, writer = await begin(server, f"Content-Type: {TENSORS_TYPE}\r\nContent-Length: {len(BODY)}", BODY[:10])
-        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 408 ")
+        async with asyncio.timeout(30):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 408 ")
         assert intake.held == 0
         writer.close()
 
@@ -194,7 +195,8 @@ async def test_the_devices_client_reads_when_to_return(tmp_path: Path) -> None:
     async with running(tmp_path, intake) as server, HttpTransport(str(server.client.make_url("/"))) as transport:
         with intake.room(MAX_JSON) as take:
             take(MAX_JSON)
-            with pytest.raises(Refused) as refused:
-                await Api(transport).send(wire.TENSORS_TYPE, BODY)
-            assert (refused.value.code, refused.value.status, refused.value.retry_after) == ("busy", 503, 1.0)
+            for call in (Api(transport).send(wire.TENSORS_TYPE, BODY), Api(transport).ask("d1", True)):
+                with pytest.raises(Refused) as refused:
+                    await call
+                assert (refused.value.code, refused.value.status, refused.value.retry_after) == ("busy", 503, 1.0)
         assert (await Api(transport).send(wire.TENSORS_TYPE, BODY)).version == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from edge_sdk.adapters import Array
-from edge_sdk.errors import SettingsError, WireError
+from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.protocol import Evaluate, Finished, Train, Update, Wait
 from edge_sdk.training.batches import Training
 from edge_server import coordinator
@@ -163,6 +164,31 @@ def test_a_synchronous_version_is_fedavg(sent: list[tuple[int, dict[str, Array]]
         np.testing.assert_allclose(array, sum(trained) / total, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (LpFl(), False),
+        (LpFl(rule=Median()), False),
+        (LpFl(rule=TrimmedMean()), False),
+        (LpFl(rule=NormBounded()), False),
+        (LpFl(buffer_size=5, rule=Krum()), True),
+        (LpFl(average="products"), True),
+    ],
+)
+def test_a_step_needs_bases_only_where_it_says_so(settings: LpFl, wanted: bool) -> None:
+    """Without them a version is the same, or, where they are wanted, cannot be made."""
+    start = factories.SPEC.start(0)
+    buffer = [Contribution(factories.SPEC.start(seed), 1, 0) for seed in range(1, 6)]
+    assert lpfl.wants_bases(settings) is wanted
+    if wanted:
+        with pytest.raises(DataError, match="base"):
+            lpfl.step(settings, factories.SPEC, start, buffer)
+        return
+    based = [replace(update, base=start) for update in buffer]
+    without, told = (lpfl.step(settings, factories.SPEC, start, each) for each in (buffer, based))
+    assert strategies.same(without, told)
+
+
 def test_who_comes_late_to_a_synchronous_version_is_refused() -> None:
     """With a staleness of 0 an update of version 0 counts for version 1 or not at all."""
     state = State(1, ("a0", "a1"), devices=Map({"d1": Device("x")}))
@@ -195,7 +221,7 @@ def test_what_would_be_refused_is_not_worth_training_on() -> None:
         ({"least": 0}, "lpfl.least"),
         ({"least": 5}, "lpfl.least"),
         ({"deadline_seconds": -1.0}, "deadline_seconds"),
-        ({"deadline_seconds": math.nan}, "deadline_seconds"),
+        *(({"deadline_seconds": value}, "deadline_seconds") for value in (math.nan, math.inf)),
         ({"lease_seconds": 0.0}, "lease_seconds"),
         ({"lease_seconds": math.inf}, "lease_seconds"),
         ({"concurrency": -1}, "concurrency"),

@@ -186,6 +186,20 @@ def test_a_sum_with_masks_on_it_is_refused() -> None:
             assert refusal(decode, total, terms(), 2) == "bad-sum"
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_mean_beyond_the_clip_is_refused(at: int, sign: int) -> None:
+    """Two devices of weight 1 whose numbers are cut at 2: one step for each that rounds is fine, a hundred are a lie."""
+    edge = 2 * int(terms().clip * terms().scale)
+    for steps, fine in ((0, True), (1, True), (100, False), (2**31 - 1 - edge, False)):
+        total = np.zeros(6, np.int64)
+        total[at], total[-1] = sign * (edge + steps), 2
+        if fine:
+            assert abs(decode(total.astype(np.uint32), terms(), 2)[0][at] - sign * 2.0) <= terms().error
+        else:
+            assert refusal(decode, total.astype(np.uint32), terms(), 2) == "bad-sum"
+
+
 def test_vectors_as_bytes() -> None:
     """Little-endian there and back; another number of bytes is refused."""
     vector = np.array([1, 2**32 - 1, 3, 4, 5, 6], np.uint32)
@@ -445,17 +459,6 @@ def test_a_roster_that_is_wrong_is_refused() -> None:
     for name, (roster, code) in wrong.items():
         assert refusal(share, ONE.joined["d-0"], roster) == code, name
     share(ONE.joined["d-0"], of(a, b, c))
-
-
-def test_a_key_of_an_earlier_cohort_is_refused() -> None:
-    """Be it a peer's or its own; in the same cohort a repeat is no reuse."""
-    for member in ONE.roster.members:
-        for key in (member.cipher_key, member.mask_key):
-            assert refusal(share, ONE.joined["d-0"], ONE.roster, {key}) == "bad-keys"
-    used = {member.mask_key for member in ONE.roster.members}
-
-    assert share(ONE.members["d-0"], ONE.roster, used)[1] == ONE.shares["d-0"]
-    share(ONE.joined["d-0"], ONE.roster, {member.mask_key for member in OTHER.roster.members})
 
 
 def test_one_roster_for_a_cohort() -> None:

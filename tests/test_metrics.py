@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from edge_sdk import wire
 from edge_sdk.cohort import Masked
+from edge_sdk.protocol import Ask
 from edge_server import ledger as ledgers
+from edge_server.app import create_app
 from edge_server.coordinator import Accepted, Answered, Published, State
 from edge_server.metrics import Metrics
 from tests import server_helpers as helpers
 from tests import test_guard as guarded
+from tests.databases import Postgres
 from tests.server_helpers import Running, upload
 
 Samples = dict[tuple[str, tuple[str, ...]], float]
@@ -51,7 +56,7 @@ def routes(found: Samples) -> set[str]:
 def test_what_is_counted() -> None:
     """Exactly what was told, where the run stands when it is asked, and masked updates as updates."""
     state = State()
-    metrics = Metrics(lambda: state)
+    metrics = Metrics(lambda: state, lambda: 7)
     metrics.answered("/v1/work", 200, 30, 0.002)
     metrics.answered("/v1/work", 200, 12, 0.3)
     metrics.answered("none", 404, 0, 0.0)
@@ -80,6 +85,7 @@ def test_what_is_counted() -> None:
         ("edge_version", ()): 5,
         ("edge_buffered_updates", ()): 0,
         ("edge_devices", ()): 0,
+        ("edge_leases", ()): 7,
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected)
 
@@ -116,6 +122,24 @@ async def test_a_run_is_told_as_it_happens(server: Running) -> None:
     }
     assert {key: found[key] for key in expected} == expected
     assert {labels for name, labels in found if name == "edge_updates_refused_total"} == {("bad-tensors",)}
+
+
+async def test_devices_that_train_are_counted_until_they_answer_or_their_leases_end(tmp_path: Path) -> None:
+    """Three begin; one answers, and the leases of the others end an hour later, though nobody asks."""
+    clock = [1000.0]
+    ledger = helpers.open_ledger(tmp_path, helpers.settings(buffer_size=9, lease_seconds=3600.0), now=lambda: clock[0])
+    async with TestClient(TestServer(create_app(ledger))) as client:
+        server = Running(client, ledger, tmp_path)
+        await server.enroll("d1", "d2", "d3")
+        counts = [(await scrape(client))["edge_leases", ()]]
+        for device in ("d1", "d2", "d3"):
+            await client.post("/v1/work", data=wire.encode(Ask(device, True)))
+        counts.append((await scrape(client))["edge_leases", ()])
+        await server.send(upload("d1", 0))
+        for clock[0] in (4599.0, 4600.0):
+            counts.append((await scrape(client))["edge_leases", ()])
+
+    assert counts == [0, 3, 2, 0]
 
 
 async def test_a_path_makes_no_label(server: Running) -> None:
@@ -179,6 +203,39 @@ async def test_a_database_that_takes_no_writes_is_not_ready(server: Running, mon
     answer = await server.client.get("/readyz")
     assert (answer.status, await answer.text()) == (200, "ok\n")
     assert helpers.events(server.data) == before
+
+
+async def test_a_lost_connection_to_the_database_is_told_and_ends_the_server(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL hangs up: the next question finds out, and `lost` is what `edge-server` ends by; nothing mends it."""
+    monkeypatch.setattr(ledgers, "CHECK_SECONDS", 0.0)
+    ledger = helpers.open_ledger(tmp_path, state=postgres.create())
+    async with TestClient(TestServer(create_app(ledger))) as client:
+        assert (await client.get("/readyz")).status == 200
+        assert not ledger.lost.is_set()
+        await asyncio.to_thread(postgres.hang_up)
+
+        found = [await client.get("/readyz") for _ in range(2)]
+        assert [answer.status for answer in found] == [503, 503]
+        assert "is lost or closed; start the server again" in await found[1].text()
+        assert ledger.lost.is_set()
+        assert (await client.get("/healthz")).status == 200
+
+
+async def test_why_a_server_is_not_ready_is_the_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason may name files, hosts and users: where devices are known it is told to the admin token alone."""
+    monkeypatch.setattr(ledgers, "CHECK_SECONDS", 0.0)
+    async with guarded.opened(tmp_path) as world:
+        with contextlib.closing(sqlite3.connect(tmp_path / "events.sqlite", isolation_level=None)) as db:
+            db.execute("ALTER TABLE run RENAME TO away")
+            told = {}
+            for token in ("", "wrong", guarded.ADMIN):
+                answer = await world.client.get("/readyz", headers={"Authorization": f"Bearer {token}"} if token else {})
+                told[token] = answer.status, "events.sqlite" in await answer.text()
+            db.execute("ALTER TABLE away RENAME TO run")
+
+    assert told == {"": (503, False), "wrong": (503, False), guarded.ADMIN: (503, True)}
 
 
 async def test_strangers_cannot_make_the_database_work(server: Running) -> None:

@@ -271,17 +271,17 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default(
 
 def test_a_server_needs_no_flags(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """All that `serve` must be told can be said by the environment: a real process starts, and takes an update."""
-    monkeypatch.setenv("EDGE_SERVER_LOG", "json")
-    monkeypatch.setenv("EDGE_SERVER_SYSTEM", "lpfl")
+    files = {"CONFIG": site.folder / "run.toml", "BUNDLE": site.folder / "bundle", "DATA": site.data}
+    for name, value in {**files, "PORT": "0", "LOG": "json", "SYSTEM": "lpfl"}.items():
+        monkeypatch.setenv(f"EDGE_SERVER_{name}", str(value))
 
-    with site.serve() as server:
+    with site.start("serve") as server:
         asyncio.run(work_once(server.url, "d1", 0))
         asyncio.run(says(server.url, lambda status: status.buffered == 1))
         server.stop(signal.SIGTERM)
 
     assert [json.loads(line)["event"] for line in site.said.splitlines()] == ["upload"]
-    for name, value in zip(("CONFIG", "BUNDLE", "DATA", "HOST"), ("run.toml", "bundle", "data", "0.0.0.0"), strict=True):  # noqa: S104
-        monkeypatch.setenv(f"EDGE_SERVER_{name}", str(site.folder / value) if name != "HOST" else value)
+    monkeypatch.setenv("EDGE_SERVER_HOST", "0.0.0.0")  # noqa: S104
     assert "0.0.0.0 is reachable from other machines" in refusal(capsys, "serve")
 
 

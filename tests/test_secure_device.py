@@ -21,7 +21,7 @@ from edge_sdk.errors import DataError, MissingRuntime, WireError
 from edge_sdk.masking import Member
 from edge_sdk.protocol import PROTOCOL, Finished, Manifest, Train, Trained, Update
 from edge_sdk.session import PAUSE_AFTER_FAILED_WORK
-from edge_sdk.store import MEMBER, UNSEEN, Parcel, Store
+from edge_sdk.store import MEMBER, SPENT, UNSEEN, Parcel, Store
 from edge_sdk.testing import ServerSimulator
 from edge_sdk.training.batches import Training
 from edge_server import cohorts, unmasking
@@ -51,6 +51,7 @@ class Circle:
     """The server's side of a cohort of the device `b` and two peers in memory, which weigh 5 and 9."""
 
     of: Terms
+    version: int = 0
     cohort: Cohort = field(init=False)
     peers: dict[str, Member] = field(default_factory=dict)
     vectors: dict[str, masking.Ring] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class Circle:
         for peer in PEERS:
             if peer not in self.off and (work := cohorts.plan(self.cohort, 0, peer)) is not None:
                 self.take(*self.speak(peer, work))
-        return cohorts.plan(self.cohort, 0, "b")
+        return cohorts.plan(self.cohort, self.version, "b")
 
     def speak(self, peer: str, work: Request) -> tuple[Answer, masking.Ring | None]:
         match work:
@@ -322,6 +323,69 @@ def test_a_second_training_cannot_be_masked_in_one_cohort(store: Store) -> None:
         assert say(store, request) == first
 
 
+# What was averaged ---------------------------------------------------------------------------------------------------
+def averaged(store: Store) -> None:
+    """The device goes through a cohort for version 0, and helps to take the masks off."""
+    assert len(list(requests(store, Circle(terms())))) == 4
+
+
+def relearn(store: Store, version: int) -> None:
+    """What a device does that is told to train again from the same start, in the same order."""
+    secure.keep(store, Update("b", version, 17, {}), delta(1))
+
+
+def test_what_was_averaged_goes_into_no_other_sum(store: Store) -> None:
+    """The difference of two sums, with and without a device, is its update: it forgets that, and joins for a newer version."""
+    averaged(store)
+    assert not (store.home / UNSEEN).exists()
+    relearn(store, 0)
+    before = member(store)
+    with pytest.raises(DataError, match="what this device learned from version 0 was averaged"):
+        say(store, Join(0, terms("two")))
+    assert member(store) == before
+
+    relearn(store, 1)
+    circle = Circle(terms("three"), version=1)
+    assert len(list(requests(store, circle))) == 4
+    circle.check_mean(flat(delta(1)), 17)
+
+
+def test_a_cohort_for_another_version_gets_nothing_that_was_averaged(store: Store) -> None:
+    """A server may say one version when it lets a device join and another when it lets it mask; the older is refused."""
+    averaged(store)
+    relearn(store, 0)
+    for request in requests(store, Circle(terms("two"), version=1)):
+        if isinstance(request, Mask):
+            with pytest.raises(DataError, match="from version 0 was averaged"):
+                say(store, msgspec.structs.replace(request, version=0))
+            break
+
+
+def test_an_older_training_stays_averaged(store: Store) -> None:
+    """A server that goes back to a version before the last one cannot have that again either."""
+    store.set_fact(SPENT, "4")
+    for version in range(5):
+        with pytest.raises(DataError, match="from version 4 was averaged"):
+            secure.check_unspent(store, version)
+    secure.check_unspent(store, 5)
+    with pytest.raises(DataError, match="from version 4 was averaged"):
+        averaged(store)
+    assert store.fact(SPENT) == "4"
+
+
+def test_a_cohort_that_failed_before_costs_no_training(store: Store) -> None:
+    """Its vector sent, but no shares revealed: the same training goes into the next cohort."""
+    for request in requests(store, Circle(terms())):
+        if isinstance(request, Mask):
+            say(store, request)
+            break
+    circle = Circle(terms("two"))
+    asked = [type(request) for request in requests(store, circle)]
+
+    assert asked == [Join, SealShares, Mask, Unmask]
+    circle.check_mean(flat(delta(1)), 17)
+
+
 # The agent -----------------------------------------------------------------------------------------------------------
 @dataclass
 class Round(World):
@@ -396,8 +460,20 @@ async def test_the_agent_trains_and_takes_part(world: Round) -> None:
     ]
     check_sum(world)
     assert (world.store.home / ADAPTER).read_bytes() == wire.pack_adapter(world.spec.start(7))
-    assert world.store.fact(MEMBER) is None
+    assert (world.store.fact(MEMBER), world.store.fact(SPENT)) == (None, "0")
     assert not (world.store.home / UNSEEN).exists()
+
+
+async def test_it_does_not_train_for_nothing(world: Round) -> None:
+    """A version it has helped to average is refused before anything is downloaded for it; it asks again in a minute."""
+    world.store.set_fact(SPENT, "0")
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent().run()
+
+    assert world.said("cannot work: what this device learned from version 0 was averaged")
+    assert world.slept == [PAUSE_AFTER_FAILED_WORK]
+    assert not [path for _, path in world.server.requests if "/blobs/" in path]
 
 
 async def test_what_is_kept_is_what_would_have_been_sent(world: Round, tmp_path: Path) -> None:
@@ -453,28 +529,33 @@ async def test_power_may_fail_between_remembering_and_sending(world: Round, at: 
 
 
 class Forgetful(Store):
-    """A store whose disk fails when the device would remember its n-th answer."""
+    """A store whose disk fails when the device would write this fact for the n-th time."""
 
+    what: str = ""
     left: int = 0
 
     def set_fact(self, name: str, value: str) -> None:
-        if name == MEMBER:
+        if name == self.what:
             self.left -= 1
             if not self.left:
                 raise PowerCut
         super().set_fact(name, value)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4], ids=["join", "share", "mask", "unmask"])
-async def test_what_is_not_remembered_is_not_said(world: Round, at: int) -> None:
-    """Where the power fails before the member is on disk, nothing has left the device, and the run goes on after it."""
+@pytest.mark.parametrize(
+    ("what", "at", "heard"),
+    [(MEMBER, 1, 0), (MEMBER, 2, 1), (MEMBER, 3, 2), (MEMBER, 4, 3), (SPENT, 1, 3)],
+    ids=["join", "share", "mask", "unmask", "spent"],
+)
+async def test_what_is_not_remembered_is_not_said(world: Round, what: str, at: int, heard: int) -> None:
+    """Where the power fails before it is on disk, nothing has left the device, and the run goes on after it."""
     home = world.store.home
     world.store.close()
     world.store = forgetful = Forgetful(home)
-    forgetful.left = at
+    forgetful.what, forgetful.left = what, at
     with pytest.raises(PowerCut):
         await world.agent().run()
-    assert (forgetful.pending(), len(world.server.answers)) == (None, at - 1)
+    assert (forgetful.pending(), len(world.server.answers)) == (None, heard)
     forgetful.close()
     world.store = Store(home)
     await world.agent().run()
@@ -548,12 +629,13 @@ async def test_what_belongs_to_another_run_is_dropped(world: Round) -> None:
     world.store.set_fact("run", "the old one")
     secure.keep(world.store, Update("b", 0, 17, {}), delta(1, world.spec))
     say(world.store, Join(0, terms("one", world.spec)))
+    world.store.set_fact(SPENT, "3")
     world.server.work.clear()
     world.most_sleeps = 0
     with pytest.raises(Enough):
         await world.agent().run()
 
-    assert world.store.fact(MEMBER) is None
+    assert (world.store.fact(MEMBER), world.store.fact(SPENT)) == (None, None)
     assert not (world.store.home / UNSEEN).exists()
     assert world.said("another run")
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from aiohttp import ClientError, ClientResponse, ClientSession
+from aiohttp import ClientError, ClientResponse, ClientSession, web
 from numpy.typing import NDArray
 from safetensors.numpy import save
 from yarl import URL
@@ -50,6 +50,7 @@ from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import JSON_TYPE, JUDGMENT_TYPE, MASKED_TYPE, MAX_JSON, PROBLEM_TYPE, TENSORS_TYPE, encode
 from edge_server import cli, handlers
 from edge_server import ledger as ledgers
+from edge_server.app import create_app
 from edge_server.cohorts import Secure
 from edge_server.compute import JobFailed
 from edge_server.unmasking import Cohort
@@ -188,6 +189,20 @@ async def test_a_repeated_upload_gets_the_first_receipt(server: Running) -> None
     assert buffered == 1
     assert await server.send(upload("d1", 0)) == first
     assert [device.updates for device in (await server.status()).devices] == [1, 1]
+
+
+async def test_the_same_numbers_count_once_for_a_device_and_a_version(at_3: Running) -> None:
+    """Under another id, of this version or an older one, they are refused; of the next version, or another device, they count."""
+    before = await traces(at_3)
+    for version in range(3):
+        again = upload("d1", version, num_examples=11)
+        refused = await problem(await post(at_3, "/v1/results", again, TENSORS_TYPE))
+        assert (refused.code, refused.status) == ("already-answered", 409)
+    assert await traces(at_3) == before
+    receipts = [await at_3.send(body) for body in (upload("d1", 2), upload("d1", 3), upload("d2", 3))]
+
+    assert len({receipt.id for receipt in receipts}) == 3
+    assert [(d.id, d.updates) for d in (await at_3.status()).devices] == [("d1", 4), ("d2", 1)]
 
 
 async def test_an_evaluation_is_answered_and_shown(at_3: Running) -> None:
@@ -610,6 +625,13 @@ async def test_trouble_with_a_version_is_told_to_whoever_watches(tmp_path: Path)
         assert (await server.client.get("/readyz")).status == 200
 
 
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, "1"), (0.01, "1"), (1.0, "1"), (1.01, "2"), (59.5, "60")])
+def test_a_pause_is_told_in_whole_seconds_and_never_too_short(seconds: float, told: str) -> None:
+    """`Retry-After` has no fractions: a device that comes back when it was told is not early; without a pause there is none."""
+    assert handlers._problem(429, "too-often", "wait", seconds).headers["Retry-After"] == told
+    assert "Retry-After" not in handlers._problem(400, "bad-message", "no").headers
+
+
 async def test_a_body_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that stops in the middle of an upload is answered 408, and its half file is gone."""
     monkeypatch.setattr(handlers, "BODY_SECONDS", 0.05)
@@ -617,11 +639,29 @@ async def test_a_body_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: p
         reader, writer = await asyncio.open_connection("127.0.0.1", server.client.port)
         head = f"POST /v1/results HTTP/1.1\r\nHost: x\r\nContent-Type: {wire.TENSORS_TYPE}\r\nContent-Length: 100\r\n\r\n"
         writer.write(head.encode() + b"abc")
-        answer = await reader.read()
+        async with asyncio.timeout(handlers.IDLE_SECONDS / 2):
+            answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"too-slow" in answer
         assert not list((tmp_path / "blobs").glob("incoming-*"))
         writer.close()
+
+
+@pytest.mark.parametrize("head", [b"", b"POST /v1/results HTTP/1.1\r\nHost: x\r\nX-Slow: a"], ids=["nothing", "half"])
+async def test_a_head_that_never_ends_is_closed(tmp_path: Path, head: bytes) -> None:
+    """Also of a connection on which a request was answered before; none of them is an error of the server's."""
+    runner = cli._runner(create_app(helpers.open_ledger(tmp_path)), head_seconds=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        for before in (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"):
+            reader, writer = await asyncio.open_connection(*runner.addresses[0][:2])
+            writer.write(before + head)
+            async with asyncio.timeout(cli.HEAD_SECONDS / 2):
+                assert (await reader.read()).startswith(b"HTTP/1.1 200 " if before else b"")
+            writer.close()
+    finally:
+        await runner.cleanup()
 
 
 # A run with an LLM ----------------------------------------------------------------------------------------------------

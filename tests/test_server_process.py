@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -56,10 +57,14 @@ class Site:
         files = ["--config", str(self.folder / "run.toml"), "--bundle", str(self.folder / "bundle"), "--data", str(self.data)]
         return ["serve", *files, *more]
 
+    def serve(self, *more: str) -> AbstractContextManager[Server]:
+        """A process that listens on a free port; killed at the end if it still runs."""
+        return self.start(*self.arguments("--port", "0", *more))
+
     @contextlib.contextmanager
-    def serve(self, *more: str) -> Iterator[Server]:
-        """A process that listens; killed at the end if it still runs."""
-        command = [sys.executable, "-m", "edge_server.cli", *self.arguments("--port", "0", *more)]
+    def start(self, *arguments: str) -> Iterator[Server]:
+        """The same with these arguments only."""
+        command = [sys.executable, "-m", "edge_server.cli", *arguments]
         with (
             (self.folder / "stderr").open("a") as stderr,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from edge_sdk import exchange, knowledge, wire
 from edge_sdk.bundle import TOKENIZER, digest
-from edge_sdk.errors import SettingsError, WireError
+from edge_sdk.errors import DataError, SettingsError, WireError
 from edge_sdk.exchange import POSITIONS, Voice
 from edge_sdk.knowledge import Knowledge, Sheet, Truth
-from edge_sdk.protocol import Judgment, Lesson, Manifest, Predict, Problem, Text, Told, Train
+from edge_sdk.protocol import MAX_K, Judgment, Lesson, Manifest, Predict, Problem, Text, Told, Train
 from edge_sdk.tasks import Example
 from edge_sdk.tokens import PromptEncoder
-from edge_server import coordinator, runs
+from edge_server import coordinator
 from edge_server import settings as run_settings
 from edge_server import tutor as tutors
 from edge_server.app import create_app
@@ -60,6 +63,8 @@ RUN = FedMkt(
     seed=3,
 )
 SETTINGS = RunSettings(ANSWERS, "fedmkt", fedmkt=RUN)
+LONG = msgspec.structs.replace(ANSWERS, answer_tokens=64)
+MANY = [Example("the film", answer="great " * 64)] * 4_000
 MODELS = {"d0": "words", "d1": "pieces", "d2": "words"}
 CODES = {
     "too-large",
@@ -188,6 +193,56 @@ async def test_devices_are_asked_with_answers(desk: Desk) -> None:
     assert work == Predict(0, "start", sheet.texts, sheet.size, 5, "probabilities", 4)
 
 
+async def test_the_llm_is_met_before_anybody_is_asked(tmp_path: Path, world: World) -> None:
+    """Once a run; where it could not tell devices what it says of the answers, they are not asked."""
+    desk = Desk(tmp_path, world)
+    await desk.do(AskAll(0))
+    await desk.do(AskAll(1))
+    assert desk.llm.jobs == [Describe()]
+
+    for public, said in ((MANY, "the LLM may have to say .* lower"), ([Example("a film", answer="x" * 99)], "")):
+        tutor = replace(desk.tutor, public=tuple(public), settings=msgspec.structs.replace(RUN, top_k=MAX_K), task=LONG)
+        with pytest.raises(DataError, match=said) if said else contextlib.nullcontext():
+            await tutor.carry_out(AskAll(0), State())
+
+
+def test_what_a_model_cannot_say_is_refused_at_start(tmp_path: Path, world: World) -> None:
+    """An answer that a tokenizer makes nothing of, and more than travels: the text and the model are named, and what to do."""
+    desk = Desk(tmp_path, world)
+    silent = tmp_path / TOKENIZER
+    Tokenizer(BPE({"a": 0, "b": 1, "<end>": 2}, [])).save(str(silent))
+    desk.blobs.adopt(silent, digest(silent).sha256)
+    bundle = msgspec.structs.replace(factories.bundle("decoder"), end=(2,), files={TOKENIZER: digest(silent)})
+    manifests = {**world.manifests(), "silent": run_settings.manifest(SETTINGS, bundle)}
+    long = {name: msgspec.structs.replace(told, task=LONG) for name, told in world.manifests().items()}
+    deep = msgspec.structs.replace(RUN, top_k=MAX_K)
+    pairs = [Example("a film", answer="ab"), Example("a day", answer="é")]
+
+    desk.tutor.check()
+    replace(desk.tutor, public=tuple(pairs[:1]), models=manifests).check()
+    with pytest.raises(SettingsError, match=r"fedmkt\.public: the model 'silent': the answer of 'p1' cannot be said"):
+        replace(desk.tutor, public=tuple(pairs), models=manifests).check()
+    with pytest.raises(SettingsError, match=r"the first model may have to say \d{8} bytes of these 4000 texts, 16777216 travel"):
+        replace(desk.tutor, public=tuple(MANY), models=long, settings=deep).check()
+    replace(desk.tutor, public=tuple(MANY[:500]), models=long, settings=deep).check()
+
+
+async def test_a_run_that_cannot_be_carried_out_does_not_open(tmp_path: Path, world: World) -> None:
+    """The ledger says so before it makes version 0; with fewer texts the same folder opens."""
+    told = msgspec.structs.replace(world.manifests()[""], task=LONG)
+    settings = msgspec.structs.replace(SETTINGS, task=LONG, fedmkt=msgspec.structs.replace(RUN, top_k=MAX_K))
+    versions = []
+    for public in (MANY, MANY[:9]):
+        ledger = Ledger(settings, told, tmp_path, lambda _: None, InProcess(world.llm), auxiliary=tuple(public))
+        ledger.blobs.adopt(world.files["words"], digest(world.files["words"]).sha256)
+        with pytest.raises(SettingsError, match="use fewer texts") if public is MANY else contextlib.nullcontext():
+            await ledger.open()
+        versions.append(ledger.state.version)
+        ledger.close()
+
+    assert versions == [-1, 0]
+
+
 async def test_each_device_speaks_in_its_own_tokens(desk: Desk, world: World) -> None:
     """Both kinds are read, as many tokens a position as asked for or fewer, of some texts or all."""
     for device, model in MODELS.items():
@@ -254,7 +309,7 @@ async def test_the_llm_studies_what_devices_said(desk: Desk) -> None:
     desk.hear("d1")
     desk.hear("d0", 0.3)
     event = await desk.do(Learn(0))
-    (work,), (outcome,) = desk.llm.jobs, desk.llm.outcomes
+    (_, work), (_, outcome) = desk.llm.jobs, desk.llm.outcomes
     assert isinstance(work, Study)
     manifests = desk.world.manifests()
 
@@ -291,7 +346,7 @@ async def test_a_device_that_changes_its_model_does_not_stop_the_llm(desk: Desk)
     event = await desk.do(Learn(0))
 
     assert desk.state.devices["d0"].model == "pieces"
-    assert desk.llm.outcomes[0].heard == 1
+    assert desk.llm.outcomes[1].heard == 1
     assert desk.state.tuned == (event.adapter,)
 
 
@@ -304,7 +359,7 @@ async def test_a_lesson_names_three_blobs(desk: Desk, world: World) -> None:
     told = wire.decode(desk.blobs.get(event.judged), Told)
     files = told.texts, told.knowledge, told.tokenizer
     heard = exchange.hear(told, *(desk.blobs.get(file.sha256) for file in files))
-    _, describe, tell = desk.llm.jobs
+    _, _, describe, tell = desk.llm.jobs
 
     assert isinstance(tell, Tell)
     assert (describe, tell.adapter, tell.k) == (Describe(), str(desk.blobs.file(learned.adapter)), 4)
@@ -367,19 +422,20 @@ def test_bytes_of_a_hundred_answers(vocabulary: int, plain: int, size: int) -> N
 async def test_a_judgment_of_tokens_may_be_large(tmp_path: Path, world: World) -> None:
     """Sixteen mebibytes are looked into, more are not; where answers are classes it is one."""
     manifests = world.manifests()
-    ledger = Ledger(SETTINGS, manifests[""], tmp_path / "tokens", lambda _: None, Simulator(), auxiliary=PUBLIC)
+    llm = InProcess(world.llm)
+    ledger = Ledger(SETTINGS, manifests[""], tmp_path / "tokens", lambda _: None, llm, auxiliary=PUBLIC)
     headers = {"Content-Type": wire.JUDGMENT_TYPE}
     ledger.blobs.adopt(world.files["words"], digest(world.files["words"]).sha256)
     async with TestClient(TestServer(create_app(ledger))) as client:
         codes = []
-        for size in (wire.MAX_JSON + 1, runs.MAX_KNOWLEDGE + 1):
+        for size in (wire.MAX_JSON + 1, wire.MAX_SHEET + 1):
             answer = await client.post("/v1/results", data=bytes(size), headers=headers)
             problem = wire.decode(await answer.read(), Problem)
             codes.append((problem.code, problem.detail))
 
     assert codes == [
         ("bad-tensors", "the body is not compressed with zlib"),
-        ("too-large", f"a message may have {runs.MAX_KNOWLEDGE} bytes"),
+        ("too-large", f"this may have {wire.MAX_SHEET} bytes, and claims {wire.MAX_SHEET + 1}"),
     ]
     async with running(tmp_path / "classes", with_public(), Simulator()) as server:
         answer = await server.client.post("/v1/results", data=bytes(wire.MAX_JSON + 1), headers=headers)

@@ -42,6 +42,7 @@ from edge_server.unmasking import (
     PHASES,
     Cohort,
     Failed,
+    Phase,
     State,
     advance,
     advertise,
@@ -316,11 +317,20 @@ def test_a_phase_ends_with_its_last_answer_or_its_deadline() -> None:
     assert advance(two, 0.0, 5.0) is two
     assert current(advance(take_reveal(two, reveals[0]), 0.0, 5.0)).phase == "done"
     failed = advance(two, uploaded.cohort.deadline, 5.0)
-    assert failed == Failed("one", "only 2 devices answered in the phase `unmask`, this cohort needs 3")
+    assert failed == Failed("one", "only 2 devices answered in the phase `unmask`, this cohort needs 3", revealed=True)
     assert advance(failed, 0.0, 5.0) is failed
     assert refusal(current, failed) == "cohort-failed"
     done = stage(of, *everybody(4, 4)).state
     assert advance(done, 1e9, 5.0) is done
+
+
+@pytest.mark.parametrize(("phase", "revealed"), [("advertise", False), ("share", False), ("upload", False), ("unmask", True)])
+def test_shares_may_be_revealed_once_they_were_asked_for(phase: Phase, revealed: bool) -> None:
+    """A cohort that fails in its last phase says so, though nobody's answer may have come; before it nobody was asked."""
+    failed = advance(Cohort(terms(4, 3), 10.0, phase), 10.0, 5.0)
+
+    assert isinstance(failed, Failed)
+    assert failed.revealed == revealed
 
 
 def test_an_answer_counts_once() -> None:

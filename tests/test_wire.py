@@ -407,6 +407,18 @@ def test_crafted_headers_are_refused_or_agree_with_the_reference(entries: list[t
         assert strategies.same(found[1], load(body))
 
 
+@pytest.mark.parametrize("spaces", range(9))
+def test_tensors_lie_in_the_body_unless_its_header_left_them_askew(spaces: int) -> None:
+    """Other libraries need aligned numbers, and nobody may write into what arrived."""
+    header = json.dumps(right_header()).encode()
+    header += b" " * (-len(header) % 8 + spaces)
+    read = wire.unpack(framed(header, BODY[-DATA_SIZE:]), lambda _: SHAPES)[1]
+
+    assert all(array.flags.aligned and array.dtype == np.float32 for array in read.values())
+    assert [array.flags.writeable for array in read.values()] == [spaces % 4 > 0] * len(SHAPES)
+    assert strategies.same(read, wire.unpack(framed(header.rstrip(), BODY[-DATA_SIZE:]), lambda _: SHAPES)[1])
+
+
 def test_an_untouched_header_is_accepted() -> None:
     """The header the fuzzing starts from is a good one, so the fuzzing is not vacuous."""
     found = check_unpacked(framed(json.dumps(right_header()).encode()))

@@ -172,7 +172,7 @@ class Learner:
             raise DataError(problem)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+                parameter.copy_(torch.tensor(arrays[name]))
 
     def fit(self, job: Job) -> tuple[dict[str, Array], float]:
         """Runs a job to its end, undisturbed; returns the trained arrays and the mean loss. Raises: DataError: it went wrong."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk import judgments, wire
-from edge_sdk.errors import WireError
+from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.knowledge import class_targets
 from edge_sdk.protocol import Judgment, Sample, Text
 from edge_sdk.tasks import Task, softmax
@@ -23,6 +23,7 @@ from edge_server.systems.fedmkt import FedMkt
 
 Probabilities = NDArray[np.float32]
 MEASURE = "of the public texts"
+BESIDE = 1 << 14  # bytes that go with the classes of a judgment, at most: its header and metrics
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class Classwise:
     def labels(self) -> list[int]:
         return [text.label for text in self.public]
 
+    def check(self) -> None:
+        """Raises: SettingsError: see `tutor.Subject`."""
+        count, classes = len(self.public), len(self.task.labels)
+        if (size := count * classes + BESIDE) > wire.MAX_JSON:
+            raise SettingsError(
+                f"fedmkt.public: devices would say {size} bytes of {count} texts, {wire.MAX_JSON} travel; use fewer"
+            )
+        longest = self._lines(np.full((count, classes), np.finfo(np.float32).tiny), 0, "0" * 64)
+        if len(longest) > wire.MAX_SHEET:
+            sizes = f"may have {len(longest)} bytes, devices take {wire.MAX_SHEET}"
+            raise SettingsError(f"fedmkt.public: what the LLM says of {count} texts {sizes}; use fewer, or shorter ones")
+
+    async def meet(self) -> None:
+        """Any LLM can say classes."""
+
     async def learn(self, before: str, out: Path, heard: Sequence[tuple[Ballot, str]], tuning: Tuning, seed: int) -> float:
         """The LLM learns each label and, where a device gives it more than the LLM does, what that says; see `tutor.Subject`."""
         own = await self._probabilities(before)
@@ -52,12 +68,15 @@ class Classwise:
 
     async def say(self, number: int, sha256: str, adapter: str) -> tuple[bytes, float]:
         """Lines of what the LLM makes of each text, and how many of them it gets right."""
-        said, model, names = await self._probabilities(adapter), self.settings.llm.model, self.task.labels
-        lines = [
+        said = await self._probabilities(adapter)
+        return self._lines(said, number, sha256), float(np.mean(said.argmax(1) == self.labels))
+
+    def _lines(self, said: Probabilities, number: int, sha256: str) -> bytes:
+        model, names = self.settings.llm.model, self.task.labels
+        return wire.pack_lines(
             Sample(i + 1, t.id, t.text, names[t.label], tuple(map(float, row)), float(row[t.label]), number, model, sha256)
             for i, (t, row) in enumerate(zip(self.public, said, strict=True))
-        ]
-        return wire.pack_lines(lines), float(np.mean(said.argmax(1) == self.labels))
+        )
 
     async def _probabilities(self, adapter: str) -> Probabilities:
         outcome = expect(await self.compute.run(Label(adapter, tuple(t.text for t in self.public))), Scores)

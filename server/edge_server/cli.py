@@ -173,8 +173,7 @@ async def _serve(args: argparse.Namespace) -> None:
             ledger.blobs.adopt(each / name, file.sha256)
     guard = _guard(args)
     app = create_app(ledger, guard, _intake(args.max_in_flight_mb, max(ledger.body_limit, ledger.judgment_limit)))
-    slow: dict[str, Any] = {"keepalive_timeout": HEAD_SECONDS, "lingering_time": LINGER_SECONDS}
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5, **slow)
+    runner = _runner(app)
     await runner.setup()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -194,6 +193,12 @@ async def _serve(args: argparse.Namespace) -> None:
     if ledger.lost.is_set():
         raise DataError("the connection to the database is lost; what was on its way is not acknowledged. Start the server again")
     _say("stopped")
+
+
+def _runner(app: web.Application, head_seconds: float = HEAD_SECONDS) -> web.AppRunner:
+    """What serves an application, and how long it bears with those that are slow."""
+    slow: dict[str, Any] = {"keepalive_timeout": head_seconds, "lingering_time": LINGER_SECONDS}
+    return web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=5, **slow)
 
 
 def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:

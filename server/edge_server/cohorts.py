@@ -1,8 +1,9 @@
 """Secure averaging in a run: what a cohort's terms are, and what a device of it does next; pure. `unmasking.py` is the protocol.
 
 A device first trains and keeps what it learned. Then a cohort is formed of those that have, and in its four short phases the
-server gets their mean. A cohort that fails, since too many dropped out or somebody lied, is followed by another: nobody trains
-again.
+server gets their mean. A cohort that fails before anybody was asked to reveal anything is followed by another, and nobody trains
+again. One that fails later, since too many dropped out or somebody lied, takes its version with it: the next one is the same, and
+all train on that.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Secure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         threshold: devices without which no mean comes out; more than half of a cohort, which has as many as a buffer.
         clip: largest absolute value in an update; what is beyond is cut.
-        max_weight: an update counts for at most this many examples.
+        max_weight: an update counts for at most this many examples, or for `max_examples` where that is less.
         join_seconds: how long a cohort waits for devices once one has trained. phase_seconds: for each of its later phases.
     """
 
@@ -41,9 +42,9 @@ class Secure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("secure.join_seconds and secure.phase_seconds must be positive and finite")
 
 
-def terms(settings: Secure, size: int, spec: AdapterSpec, name: str) -> Terms:
+def terms(settings: Secure, size: int, spec: AdapterSpec, name: str, max_examples: int) -> Terms:
     """Raises: SettingsError: threshold, clip and largest weight do not go together."""
-    return Terms(name, size, settings.threshold, length(spec), settings.clip, settings.max_weight)
+    return Terms(name, size, settings.threshold, length(spec), settings.clip, min(settings.max_weight, max_examples))
 
 
 def length(spec: AdapterSpec) -> int:

@@ -341,7 +341,7 @@ def _after_masking(state: State, event: Masking) -> State:
         case Ticked(at):
             return _with_cohort(state, unmasking.advance(_cohort(state), at, state.seconds))
         case Lost(reason):
-            return _with_cohort(state, Failed(_cohort(state).terms.cohort, reason))
+            return _with_cohort(state, Failed(_cohort(state).terms.cohort, reason, revealed=True))
 
 
 def enroll(state: State, device: str, name: str, model: str = "") -> Enrolled | None:

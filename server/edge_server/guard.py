@@ -73,9 +73,13 @@ class Guard:
         await asyncio.to_thread(self._admission.admit, claim.device, token, self._now())
         self._gate.take(claim, self._now())  # only now: strangers shall not fill the server's memory
 
-    def _check_admin(self, request: web.Request) -> None:
+    def is_operator(self, request: web.Request) -> bool:
+        """Whether the admin token comes with a request."""
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
-        if kind != "Bearer" or not hmac.compare_digest(token.encode(errors="surrogateescape"), self._admin.encode()):
+        return kind == "Bearer" and hmac.compare_digest(token.encode(errors="surrogateescape"), self._admin.encode())
+
+    def _check_admin(self, request: web.Request) -> None:
+        if not self.is_operator(request):
             raise WireError("not-admin", "this is the operator's: send the admin token, --admin-token-file FILE", 401)
 
 

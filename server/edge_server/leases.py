@@ -39,6 +39,10 @@ class Leases:
         """Devices that work, as far as is known."""
         return len(self._held)
 
+    def hold(self, now: float) -> int:
+        """How many are not over."""
+        return sum(now < lease.until for lease in self._held.values())
+
     def take(self, device: str, version: int, oldest: int, now: float) -> float:
         """Gives a device a lease on `version`, the newest, if there is room or it has one anyway.
 

@@ -39,7 +39,7 @@ from edge_server.settings import RunSettings
 from edge_server.storage import Blobs, EventLog
 from edge_server.systems import lpfl
 from edge_server.systems.lpfl import LpFl
-from edge_server.unmasking import Cohort
+from edge_server.unmasking import Cohort, Failed
 
 RETRY_SECONDS = 60.0
 OPENED = 2  # uploads that are in memory at a time, however many wait on disk
@@ -131,7 +131,12 @@ class Ledger:
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
-        """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it."""
+        """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it.
+
+        Raises:
+            SettingsError: the run cannot be carried out with the blobs that are there.
+        """
+        await asyncio.to_thread(self._run.check)
         if self.state.version < 0:
             await self._publish(0, self._run.start(self.manifest.adapter), 0)
         else:
@@ -183,6 +188,11 @@ class Ledger:
             seconds = self._leases.take(device, work.version, lpfl.oldest(how, self.state), self._now())
             return Wait(pacing.until_free(seconds, how.wait_seconds)) if seconds else work
         return work
+
+    @property
+    def leases(self) -> int:
+        """Devices that train, as far as is known."""
+        return self._leases.hold(self._now())
 
     def public(self, sha256: str) -> Path | None:
         """Where a blob lies that any device may read; None where there is none, a device sent it, or it is the server's own."""
@@ -367,8 +377,22 @@ class Ledger:
             if event is not None:
                 await self._record(event)
                 return True
-        if not isinstance(cohort := self.state.cohort, Cohort) or cohort.phase != "done":
-            return False
+        match self.state.cohort:
+            case Failed(name, reason, revealed=True):
+                await self._pass_by(f"cohort {name} has failed: {reason}")
+                return True
+            case Cohort(phase="done") as cohort:
+                await self._average_cohort(unseen, cohort)
+                return True
+        return False
+
+    async def _pass_by(self, why: str) -> None:
+        """Makes a version that is the newest one again: devices train anew, and what they learned before goes into no sum."""
+        version = self.state.version + 1
+        await self._publish(version, await asyncio.to_thread(self._adapter_of, self.state.adapter), 0)
+        self._say(f"{why}; version {version} is version {version - 1} again, and devices train anew")
+
+    async def _average_cohort(self, unseen: SecureAverage, cohort: Cohort) -> None:
         began = time.monotonic()
         try:
             adapter = await asyncio.to_thread(lambda: unseen.average(cohort, self._adapter_of(self.state.adapter)))
@@ -377,7 +401,6 @@ class Ledger:
                 await self._record(Lost(error.detail))
         else:
             await self._make_version(adapter, f"the sum of {len(cohort.uploads)} masked updates", 0, began)
-        return True
 
     def _average_patience(self) -> float | None:
         """Seconds until a deadline of the buffer or the cohort may pass; None where only news can change anything."""
@@ -406,6 +429,7 @@ class Ledger:
         try:
             self._log.check()
         except DataError as error:
+            log.warning("not ready: %s", error)
             return str(error)
         return ""
 
@@ -471,11 +495,12 @@ class Ledger:
 
     def _averaged(self, adapter: str, batch: tuple[Buffered, ...], how: LpFl) -> dict[str, Array]:
         known = self.state.adapters
-        opened = {blob: self._adapter_of(blob) for blob in {adapter, *(known[waiting.version] for waiting in batch)}}
-        buffer = (self._contribution(waiting, opened[known[waiting.version]]) for waiting in batch)
+        bases = {known[waiting.version] for waiting in batch} if lpfl.wants_bases(how) else set()
+        opened = {blob: self._adapter_of(blob) for blob in {adapter, *bases}}
+        buffer = (self._contribution(waiting, opened.get(known[waiting.version])) for waiting in batch)
         return lpfl.step(how, self.manifest.adapter, opened[adapter], buffer)
 
-    def _contribution(self, waiting: Buffered, base: Arrays) -> Contribution:
+    def _contribution(self, waiting: Buffered, base: Arrays | None) -> Contribution:
         delta = wire.unpack(self.blobs.get(waiting.blob), self._update_shapes)[1]
         return Contribution(delta, waiting.num_examples, waiting.staleness, base)
 

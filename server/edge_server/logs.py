@@ -42,7 +42,7 @@ class AsText(logging.Formatter):
         message = f"{_time(record)} {record.levelname} {record.name}: {record.getMessage()}{fields}"
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         rows = [*message.splitlines(), *trace.splitlines()]
-        return "\n    ".join("".join(c if c.isprintable() else "?" for c in row) for row in rows)
+        return "\n    ".join(row if row.isprintable() else "".join(c if c.isprintable() else "?" for c in row) for row in rows)
 
 
 class AsJson(logging.Formatter):

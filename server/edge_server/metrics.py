@@ -19,9 +19,10 @@ class Metrics:
 
     Args:
         state: where the run stands now.
+        leases: how many devices train now.
     """
 
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, state: Callable[[], State], leases: Callable[[], int]) -> None:
         self._state = state
         self._registry = own = CollectorRegistry()
         self._requests = Counter("edge_requests", "Requests that were answered.", ("route", "status"), registry=own)
@@ -39,6 +40,7 @@ class Metrics:
         self._gauge("edge_version", "The newest version.", lambda now: now.version)
         self._gauge("edge_buffered_updates", "Updates that wait for the next version.", lambda now: len(now.buffer))
         self._gauge("edge_devices", "Devices that have enrolled.", lambda now: len(now.devices))
+        self._gauge("edge_leases", "Devices that were told to train, and may yet answer.", lambda _: leases())
 
     def answered(self, route: str, status: int, received: int, seconds: float) -> None:
         """A request to a route that exists, or to "none"."""

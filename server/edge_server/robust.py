@@ -134,8 +134,10 @@ def bounded(buffer: Sequence[Contribution], times: float) -> list[Contribution]:
     if len(buffer) < 3:
         return list(buffer)
     counts = [math.sqrt(sum(array.size for array in update.delta.values())) for update in buffer]
-    size = float(np.median([norm(update.delta) / count for update, count in zip(buffer, counts, strict=True)]))
-    return [clip(update, times * size * count) for update, count in zip(buffer, counts, strict=True)]
+    norms = [norm(update.delta) for update in buffer]
+    limit = times * float(np.median(np.divide(norms, counts)))
+    long = [own > limit * count for own, count in zip(norms, counts, strict=True)]
+    return [clip(c, limit * count) if cut else c for c, count, cut in zip(buffer, counts, long, strict=True)]
 
 
 def median(buffer: Sequence[Contribution]) -> Contribution:

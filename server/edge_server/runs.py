@@ -30,8 +30,6 @@ from edge_server.systems.fedmkt import FedMkt
 from edge_server.systems.lpfl import LpFl
 from edge_server.tutor import Tutor, sheet
 
-MAX_KNOWLEDGE = 1 << 24  # bytes of a judgment that speaks of tokens
-
 Texts = tuple[Example, ...]
 Models = Mapping[str, Manifest]
 Now = Callable[[], float]
@@ -66,6 +64,10 @@ class Feed:
     open: Callable[[State], Collection[str]]
 
 
+def _fine() -> None:
+    """Nothing is wrong."""
+
+
 def _tuned(state: State) -> Collection[str]:
     return state.tuned
 
@@ -83,6 +85,7 @@ class Run:
         averaged: the updates that the next version is made from, at a time in seconds since the epoch.
         wait_seconds: the shortest wait that devices are told.
         refine: what becomes of their average: the version's adapter, the blob of the LLM's or "", and what to say of it.
+        check: raises SettingsError where what the blobs hold cannot be worked with; they are all there then.
         compute: where the LLM runs. llm: its side, where it learns from devices' judgments. feed: of what it has written.
         deadline_seconds: after a sheet was written, with at least one judgment.
         notes: blobs that are the server's own, and no device's business.
@@ -95,6 +98,7 @@ class Run:
     finished: Callable[[State], bool]
     wait_seconds: float
     refine: Callable[[dict[str, Array], State], Awaitable[tuple[dict[str, Array], str, str]]] = _as_averaged
+    check: Callable[[], None] = _fine
     compute: Compute | None = None
     llm: Llm | None = None
     feed: Feed | None = None
@@ -169,6 +173,6 @@ def _fedmkt(own: FedMkt, task: Task, public: Texts, compute: Compute, models: Mo
 
     start, averaged, finished = partial(fedmkt.start, own), partial(fedmkt.averaged, own), partial(fedmkt.finished, own)
     tutor, patience = Tutor(own, task, public, blobs, compute, now, models), own.deadline_seconds
-    limit = MAX_KNOWLEDGE if task.answer_tokens else wire.MAX_JSON
+    limit = wire.MAX_SHEET if task.answer_tokens else wire.MAX_JSON
     common = start, plan, averaged, finished, own.wait_seconds
-    return Run(*common, compute=compute, llm=tutor, deadline_seconds=patience, judgment_limit=limit)
+    return Run(*common, check=tutor.check, compute=compute, llm=tutor, deadline_seconds=patience, judgment_limit=limit)

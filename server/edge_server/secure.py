@@ -30,11 +30,14 @@ class SecureAverage:
     blobs: Blobs
 
     def form(self, state: State, now: float) -> Opened | None:
-        """A cohort, where none is under way and there is still a version to make."""
-        if isinstance(state.cohort, Cohort) or state.version >= self.how.versions:
+        """A cohort, where none is under way, no shares were revealed for this version, and there is still one to make."""
+        match state.cohort:
+            case Cohort() | Failed(revealed=True):
+                return None
+        if state.version >= self.how.versions:
             return None
         name = f"{self.run[:16]}-{state.version}-{state.cohorts}"
-        terms = cohorts.terms(self.secure, self.how.buffer_size, self.spec, name)
+        terms = cohorts.terms(self.secure, self.how.buffer_size, self.spec, name, self.how.max_examples)
         return Opened(terms, now + self.secure.join_seconds, self.secure.phase_seconds)
 
     def due(self, state: State, now: float) -> tuple[Opened | Ticked | None, str]:
@@ -42,7 +45,7 @@ class SecureAverage:
         match state.cohort:
             case Cohort() as cohort if unmasking.advance(cohort, now, state.seconds) is not cohort:
                 return Ticked(now), ""
-            case Failed(name, reason):
+            case Failed(name, reason, revealed=False):
                 return self.form(state, now), f"cohort {name} has failed: {reason}; the next one is formed"
         return None, ""
 

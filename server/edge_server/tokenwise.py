@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_sdk import exchange, knowledge, wire
 from edge_sdk.bundle import TOKENIZER, File
+from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.exchange import Voice
 from edge_sdk.knowledge import Sheet
 from edge_sdk.protocol import Judgment, Manifest, Text, Told
@@ -36,6 +37,27 @@ class Tokenwise:
     models: Mapping[str, Manifest]
 
     measure = "of the public answers' tokens"
+
+    def check(self) -> None:
+        """Raises: SettingsError: see `tutor.Subject`."""
+        for name, sheet in self._sheets.items():
+            if problem := self._too_much(sheet):
+                raise SettingsError(f"fedmkt.public: {_named(name)} {problem}")
+
+    async def meet(self) -> None:
+        """Raises: DataError: see `tutor.Subject`."""
+        described = expect(await self.compute.run(jobs.Describe()), Described)
+        encoder = PromptEncoder(described.tokenizer, (), (), exchange.POSITIONS, self.task)
+        sheet = await asyncio.to_thread(exchange.sheet, Voice(encoder, described.end), self.public)
+        if problem := self._too_much(sheet):
+            raise DataError(f"fedmkt.public: the LLM {problem}")
+
+    def _too_much(self, sheet: Sheet) -> str:
+        """What is wrong with a model's words on the public answers, where they are more than travels."""
+        if (size := knowledge.size_limit(sheet, self.settings.top_k)) <= wire.MAX_SHEET:
+            return ""
+        way = "use fewer texts, or lower fedmkt.top_k or task.answer_tokens"
+        return f"may have to say {size} bytes of these {len(self.public)} texts, {wire.MAX_SHEET} travel; {way}"
 
     async def learn(self, before: str, out: Path, heard: Sequence[tuple[Ballot, str]], tuning: Tuning, seed: int) -> float:
         """The LLM learns each answer and, where a device says it better than the LLM does, from that; see `tutor.Subject`."""
@@ -78,11 +100,14 @@ class Tokenwise:
 
     @cached_property
     def _sheets(self) -> dict[str, Sheet]:
-        """The public answers in the tokens of each model."""
+        """The public answers in the tokens of each model. Raises: SettingsError: one cannot say them."""
         found = {}
         for name, manifest in self.models.items():
             encoder = PromptEncoder(self._tokenizer(manifest), (), (), exchange.POSITIONS, manifest.task)
-            found[name] = exchange.sheet(Voice(encoder, _end(manifest)), self.public)
+            try:
+                found[name] = exchange.sheet(Voice(encoder, _end(manifest)), self.public)
+            except DataError as error:
+                raise SettingsError(f"fedmkt.public: {_named(name)}: {error}") from error
         return found
 
     def _answers(self, ballot: Ballot, model: str) -> Answers:
@@ -91,6 +116,10 @@ class Tokenwise:
 
     def _tokenizer(self, manifest: Manifest) -> Path:
         return self.blobs.file(manifest.bundle.files[TOKENIZER].sha256)
+
+
+def _named(model: str) -> str:
+    return f"the model {model!r}" if model else "the first model"
 
 
 def _end(manifest: Manifest) -> int | None:

@@ -6,6 +6,7 @@ Whether they speak of classes or of tokens is the business of `classwise.py` and
 from __future__ import annotations
 
 import asyncio
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,14 @@ class Subject(Protocol):
     """
 
     measure: str
+
+    def check(self) -> None:
+        """Raises: SettingsError: a model cannot say one of the answers, or there would be more to say than travels."""
+        ...
+
+    async def meet(self) -> None:
+        """The same of the LLM. Raises: DataError: so it is; JobFailed, OSError: it cannot be asked now."""
+        ...
 
     async def learn(self, before: str, out: Path, heard: Sequence[tuple[Ballot, str]], tuning: Tuning, seed: int) -> float:
         """Lets the LLM learn, from the adapter file `before` ("" for none) to the file `out`; its mean loss.
@@ -96,6 +105,8 @@ class Tutor:
     async def carry_out(self, step: Step, state: State) -> Written | Decided | Tuned:
         """Raises: JobFailed, DataError, OSError: it cannot be done now."""
         if isinstance(step, AskAll):
+            if not step.number:
+                await self.subject.meet()
             lines = sheet(self.public)
             blob = await asyncio.to_thread(self.blobs.put, lines)
             return Written(step.number, blob, blob, len(lines), len(self.public), "", {}, self.now())
@@ -120,6 +131,10 @@ class Tutor:
         lesson, right = await self.subject.say(number, state.tuned[-1], self._file(state))
         return Decided(number, await asyncio.to_thread(self.blobs.put, lesson), 0, right)
 
+    def check(self) -> None:
+        """Raises: SettingsError: devices' models and the public texts do not go together."""
+        self.subject.check()
+
     def read(self, body: bytes, state: State) -> Judgment:
         """A judgment, checked to its last byte. Raises: WireError: it is refused."""
         return self.subject.read(body, state)
@@ -141,8 +156,13 @@ def sheet(public: Sequence[Example]) -> bytes:
     for text, example in zip(lines, public, strict=True):
         if example.answer is not None and not example.answer.strip():
             raise SettingsError(f"fedmkt.public: text {text.id[1:]} has an answer without a word; give it one, or leave it out")
+        if odd := next((c for c in text.text + text.answer if not c.isprintable()), ""):
+            name = f"U+{ord(odd):04X} {unicodedata.name(odd, '')}".strip()
+            raise SettingsError(f"fedmkt.public: text {text.id[1:]} has a character that is not printable, {name}; take it out")
         try:
             wire.unpack_lines(wire.pack_lines([text]), Text)
         except WireError as error:
-            raise SettingsError(f"fedmkt.public: text {text.id[1:]} cannot be sent: {error.detail}; make it one line") from error
-    return wire.pack_lines(lines)
+            raise SettingsError(f"fedmkt.public: text {text.id[1:]} cannot be sent: {error.detail}") from error
+    if len(body := wire.pack_lines(lines)) > wire.MAX_SHEET:
+        raise SettingsError(f"fedmkt.public: devices take {wire.MAX_SHEET} bytes, these texts are {len(body)}; leave some out")
+    return body

@@ -2,8 +2,9 @@
 
 Each phase takes one answer from each device of the phase before: keys, sealed shares, a masked vector, revealed shares. The
 server calls `advance` after every answer and when the deadline is over: who has not answered by then has dropped out, and with
-fewer than the threshold left the cohort has failed and a new one can be formed. A new state must be on disk before anybody hears
-of it: two different lists of survivors for one cohort, after a crash, end it.
+fewer than the threshold left the cohort has failed. Before the last phase the same trainings may then go into another; from there
+on they may not, since of two sums, with and without a device, the difference is what it learned. A new state must be on disk
+before anybody hears of it: two different lists of survivors for one cohort, after a crash, end it.
 
 `edge_sdk/masking.py` says what is computed and why.
 """
@@ -63,10 +64,15 @@ class Cohort(msgspec.Struct, frozen=True, tag="cohort"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """A cohort nothing can come of any more."""
+    """A cohort nothing can come of any more.
+
+    Args:
+        revealed: its devices may have revealed shares, so what they learned is for no other cohort.
+    """
 
     cohort: str
     reason: str
+    revealed: bool = False
 
 
 State = Cohort | Failed
@@ -94,6 +100,7 @@ def advance(state: State, now: float, seconds: float) -> State:
         return Failed(
             state.terms.cohort,
             f"only {answered} devices answered in the phase `{state.phase}`, this cohort needs {state.terms.threshold}",
+            revealed=state.phase == "unmask",
         )
     return replace(state, phase=PHASES[PHASES.index(state.phase) + 1], deadline=now + seconds)
 
@@ -192,7 +199,7 @@ def unmask(cohort: Cohort, vectors: Iterable[Ring]) -> tuple[Floats, int]:
 
     Raises:
         WireError: `too-early`, `wrong-shape`, `bad-shares` (they do not make the key that was advertised), or `bad-sum`: masks
-            are left on. Then nobody can tell who lied, and the cohort is lost.
+            are left on, or the mean is beyond `clip`. Then nobody can tell who lied, and the cohort is lost.
     """
     _check_reached(cohort, "done")
     total = np.zeros(cohort.terms.length + 1, np.uint32)

@@ -43,7 +43,7 @@ _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)  # 
 
 def watch(app: web.Application, ledger: Ledger) -> None:
     """Goes before the middleware that makes problem documents, so as to see these too."""
-    metrics = app[METRICS] = Metrics(lambda: ledger.state)
+    metrics = app[METRICS] = Metrics(lambda: ledger.state, lambda: ledger.leases)
     app.middlewares.insert(0, _begin)
     app.on_response_prepare.append(_answered)
     app.add_routes(routes)

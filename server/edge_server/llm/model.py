@@ -97,7 +97,7 @@ class Llm:
             raise DataError(problem)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+                parameter.copy_(torch.tensor(arrays[name]))
 
     def start(self, seed: int) -> dict[str, Array]:
         """An adapter that changes nothing: B is zero, A uniform in 1 / sqrt(width)."""

@@ -48,7 +48,7 @@ def tell(llm: Llm, public: Sequence[Text], k: int) -> tuple[list[Knowledge], flo
         for i, part in zip(batch, parts, strict=True):
             found[i] = TopK.of(part, min(k, words))
             right += int((found[i].ids[:, 0] == answers[i]).sum())
-    return exchange.said(public, found), right / sum(map(len, answers))
+    return exchange.said(voice, public, found), right / sum(map(len, answers))
 
 
 def study(

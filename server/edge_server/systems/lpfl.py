@@ -27,7 +27,7 @@ from edge_server import coordinator, robust
 from edge_server.aggregation import Contribution, fedbuff, products
 from edge_server.cohorts import Secure
 from edge_server.coordinator import Buffered, Device, State
-from edge_server.robust import Mean, Median, Rule, TrimmedMean
+from edge_server.robust import Krum, Mean, Median, Rule, TrimmedMean
 
 
 class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,9 +46,11 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         server_lr: step along the mean update.
         average: `factors`: A and B each on its own, as the paper does; all devices train one rank, unless A is frozen.
             `products`: what they do, BA; devices may train different ranks.
-        max_examples: an update counts for at most this many examples, whatever it claims.
+        max_examples: an update counts for at most this many examples, whatever it claims; with `secure` for at most
+            `secure.max_weight`, where that is less.
         clip_norm: an update is scaled down to at most so many times the median size of those a version is made from; 0 for never.
-            Honest ones lie close together, since a step of AdamW is as long as its rate: in the demo within 1.06 times.
+            Honest ones lie close together, since a step of AdamW is as long as its rate: in the demo within 1.06 times. With
+            `secure` it means nothing, since nobody sees a size: each number is cut at `secure.clip` instead.
         rule: which of the updates a version is made from: all (`mean`, or `norm_bounded`, a tighter `clip_norm`), or those that
             agree (`median`, `trimmed_mean`, `krum`), each counted once, whatever its examples and staleness; see `robust.py`.
         upload: how the numbers of an update travel: `int8` takes a quarter of the bytes, and what it loses comes with the next
@@ -94,7 +96,7 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise SettingsError("lpfl.secure has deadlines of its own: leave lpfl.deadline_seconds at 0")
             if self.upload != "fp32":
                 raise SettingsError("lpfl.secure has an encoding of its own: leave lpfl.upload at fp32")
-            Terms("check", self.buffer_size, secure.threshold, 1, secure.clip, secure.max_weight)
+            Terms("check", self.buffer_size, secure.threshold, 1, secure.clip, min(secure.max_weight, self.max_examples))
         if self.max_staleness < 0 or self.evaluate_every < 0 or self.seed < 0:
             raise SettingsError("lpfl.max_staleness, lpfl.evaluate_every and lpfl.seed must not be negative")
         if not 0 <= self.clip_norm < math.inf or 0 < self.clip_norm < 1:
@@ -147,6 +149,11 @@ def averaged(settings: LpFl, state: State, now: float) -> tuple[Buffered, ...]:
 def oldest(settings: LpFl, state: State) -> int:
     """The oldest version that is still worth training on."""
     return state.version if settings.secure is not None else state.version - settings.max_staleness
+
+
+def wants_bases(settings: LpFl) -> bool:
+    """Whether `step` looks at what each update started from."""
+    return settings.average == "products" or isinstance(settings.rule, Krum)
 
 
 def step(settings: LpFl, spec: AdapterSpec, adapter: Arrays, buffer: Iterable[Contribution]) -> dict[str, Array]:

@@ -50,7 +50,7 @@ MODES: tuple[Mode, ...] = ("sync", "async")
 DELAYS: dict[str, Delays] = {"three_tier": Tiers(), "half_normal": HalfNormal()}
 DEVICES, LABELS, BUFFER = 200, 16, 10
 TRAIN, HELD_OUT = 900, 240  # texts of each domain
-RATES = tuple(itertools.product((0.003, 0.01, 0.03), (1.0, 2.0, 4.0, 8.0)))  # of a device's AdamW, of the server
+RATES = tuple(itertools.product((0.003, 0.01, 0.03), (1.0, 2.0, 4.0, 8.0, 16.0)))  # of a device's AdamW, of the server
 SHARE = 0.99  # of the centralized accuracy
 HORIZON, EVERY, HOLD = 8_000.0, 20.0, 420.0  # virtual seconds: of a run, between two measurements, and on target
 SPEC = AdapterSpec((Slot("layer.0.head", 384, 2),), rank=8, alpha=16.0)  # on a head of zeros

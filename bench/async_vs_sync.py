@@ -306,11 +306,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table as docs/simulate.md may show it."""
+    """The table as docs/simulate.md shows it, of what was measured on test text; a test holds the two together."""
     heads = ("delays", "mode", "rates", "virtual hours", "uploads", "best accuracy")
     lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     for delays, mode in itertools.product(DELAYS, MODES):
-        own = [r for r in rows if (r["delays"], r["mode"]) == (delays, mode)]
+        own = [r for r in rows if (r.get("delays"), r.get("mode"), r.get("part", "test")) == (delays, mode, "test")]
         hours, uploads, best = (spread([float(r[key]) for r in own]) for key in ("seconds", "uploads", "best"))
         device, server = own[0]["rates"]
         cells = (

@@ -279,17 +279,29 @@ def _crowds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+HEADS = ("system", "tier", "mode", "of", "tensors", "numbers", "s/round", "CPU s/update", "MB")
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=f"pushes of {NUMBERS:,} numbers; bytes over those of bare float32; 'counted' rows are slowed by a relay")
-    for head in ("system", "tier", "mode", "of", "tensors", "numbers", "s/round", "CPU s/update", "MB", "up", "down", "error"):
+    table = Table(title=f"pushes of {NUMBERS:,} numbers; bytes over those of bare float32; rows with bytes are slowed by a relay")
+    for head in (*HEADS, "up", "down", "error"):
         table.add_column(head, justify="left" if head in ("system", "tier", "mode", "numbers") else "right")
     for r in rows:
         if r["mode"] != "crowd":
             counted = [f"{r[key]:.4f}" if key in r else "" for key in ("up_ratio", "down_ratio")]
-            cost = f"{r['seconds_per_round']:.3f}", f"{r['server_cpu_seconds_per_update']:.4f}", f"{r['server_peak_mb']:.0f}"
-            what = r["mode"], f"{r['buffer']}/{r['clients']}", "1" if r["flat"] else "96", r["encoding"]
-            table.add_row(r["system"], r["tier"], *what, *cost, *counted, f"{r['max_abs_error']:.0e}")
+            table.add_row(*_cost(r), *counted, f"{r['max_abs_error']:.0e}")
     return table
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For a page, without the rows that a relay slowed; a test holds the two together."""
+    shown = [_cost(r) for r in rows if r["mode"] != "crowd" and not r.get("counted")]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (HEADS, ["---"] * len(HEADS), *shown))
+
+
+def _cost(r: Mapping[str, Any]) -> tuple[str, ...]:
+    what = r["system"], r["tier"], r["mode"], f"{r['buffer']}/{r['clients']}", "1" if r["flat"] else "96", r["encoding"]
+    return *what, f"{r['seconds_per_round']:.3f}", f"{r['server_cpu_seconds_per_update']:.3f}", f"{r['server_peak_mb']:.0f}"
 
 
 def _places(server: Served, count: int) -> list[Place]:

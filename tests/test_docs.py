@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import crosslm, engines, lpfl, training
+from bench import async_vs_sync, crosslm, engines, lora_push, lpfl, training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,3 +64,33 @@ def test_what_is_said_of_secure_averaging_is_the_committed_result() -> None:
     said = " ".join((ROOT / "docs/systems/fedcollm.md").read_text().split())
 
     assert f"{ratio[32, 0]} times the processor time of plain averaging, with four of them dropped {ratio[32, 4]} times" in said
+    assert f"with 15, the most that may, {ratio[32, 15]} times" in said
+
+
+def test_what_a_push_costs_is_the_committed_result() -> None:
+    """The table and the numbers beside it come from docs/results/lora_push.json."""
+    result = json.loads((ROOT / "docs/results/lora_push.json").read_text())
+    page, found = (ROOT / "docs/server.md").read_text(), result["summary"]
+    said = " ".join(page.split())
+
+    assert lora_push.markdown(result["rows"]) in page
+    assert f"{found['bytes_ratio_fp32']:.3f} times the bytes of bare float32, {found['bytes_ratio_int8']:.3f} with" in said
+    assert f"{found['updates_per_second']:.0f} updates a second in production" in said
+    assert f"{found['production']['server_cpu_seconds_per_update']:.3f} s of processor time an update" in said
+    assert f"{found['in_flight_64_mb']:.0f} MB with 64 uploads in flight over TLS" in said
+    seconds = found["production"]["seconds_per_round"]
+    peer = {r["flat"]: r["seconds_per_round"] for r in result["rows"] if r["system"].startswith("flwr")}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"takes {seconds:.2f} s, where Flower takes {peer[False]:.1f} s ({peer[True]:.1f} s in one tensor)" in readme
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/simulate.md"])
+def test_what_asynchrony_gains_is_the_committed_result(page: str) -> None:
+    """Its speed-ups come from docs/results/async_vs_sync.json."""
+    result = json.loads((ROOT / "docs/results/async_vs_sync.json").read_text())
+    found, said = result["summary"], " ".join((ROOT / page).read_text().split())
+
+    for name in ("three_tier_speedup", "half_normal_speedup"):
+        assert f"{found[name]:.2f} ± {found[name + '_std']:.2f} times" in said
+    if page == "docs/simulate.md":
+        assert async_vs_sync.markdown(result["rows"]) in (ROOT / page).read_text()

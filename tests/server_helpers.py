@@ -24,6 +24,7 @@ from edge_sdk.adapters import AdapterSpec, Array, Arrays
 from edge_sdk.judgments import encode
 from edge_sdk.protocol import PROTOCOL, Enroll, Judgment, Manifest, Receipt, Status, Text, Trained, Update
 from edge_sdk.tasks import Example
+from edge_server import robust
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, fedbuff
 from edge_server.app import create_app
@@ -372,7 +373,8 @@ def fold(log: Iterable[Event], deltas: Callable[[Accepted], Arrays], run: RunSet
             case Published(0):
                 version = 0
             case Published():
-                adapter = fedbuff(adapter, buffer[: run.lpfl.buffer_size], run.lpfl.server_lr, cap=run.lpfl.max_examples)
+                batch = robust.bounded(buffer[: run.lpfl.buffer_size], run.lpfl.clip_norm)
+                adapter = fedbuff(adapter, batch, run.lpfl.server_lr, cap=run.lpfl.max_examples)
                 version, buffer = version + 1, buffer[run.lpfl.buffer_size :]
     return adapter
 

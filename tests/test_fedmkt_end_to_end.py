@@ -259,7 +259,7 @@ def test_bundles_of_one_name(serve: Callable[..., str], tmp_path: Path) -> None:
         ("", "cannot be used; mend it, or name another file: No such file or directory"),
         ('{"text": "so nice"}\n', "has no text with a label that is not held out; add some"),
         ('{"text": "so nice", "label": "great"}\n', "label 'great' is not one of this task's: negative, positive"),
-        ('{"text": "two\\nlines", "label": "positive"}\n', "fedmkt.public: text 0 cannot be sent"),
+        ('{"text": "two\\nlines", "label": "positive"}\n', "fedmkt.public: text 0 has a character that is not printable, U+000A"),
     ],
 )
 def test_public_texts_that_cannot_be_used(serve: Callable[..., str], tmp_path: Path, texts: str, said: str) -> None:

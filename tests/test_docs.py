@@ -82,6 +82,14 @@ def test_what_a_push_costs_is_the_committed_result() -> None:
     peer = {r["flat"]: r["seconds_per_round"] for r in result["rows"] if r["system"].startswith("flwr")}
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"takes {seconds:.2f} s, where Flower takes {peer[False]:.1f} s ({peer[True]:.1f} s in one tensor)" in readme
+    cost = {
+        (r["system"].startswith("flwr"), r["flat"]): r["server_cpu_seconds_per_update"]
+        for r in result["rows"]
+        if (r["mode"], r.get("buffer"), r.get("encoding")) == ("sync", 4, "fp32") and not r.get("counted")
+        if r["tier"] == "production" or r["system"].startswith("flwr")
+    }
+    less, flat = (cost[True, kind] / cost[False, kind] for kind in (False, True))
+    assert f"{less:.0f} times less processor time an update ({flat:.0f} times, in one tensor)" in readme
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/simulate.md"])

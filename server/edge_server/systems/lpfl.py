@@ -49,8 +49,8 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_examples: an update counts for at most this many examples, whatever it claims; with `secure` for at most
             `secure.max_weight`, where that is less.
         clip_norm: an update is scaled down to at most so many times the median size of those a version is made from; 0 for never.
-            Honest ones lie close together, since a step of AdamW is as long as its rate: in the demo within 1.06 times. With
-            `secure` it means nothing, since nobody sees a size: each number is cut at `secure.clip` instead.
+            Honest ones lie close together, since a step of AdamW is as long as its rate: LP-FL's within 1.12 times (docs/LOG.md).
+            With `secure` it means nothing, since nobody sees a size: each number is cut at `secure.clip` instead.
         rule: which of the updates a version is made from: all (`mean`, or `norm_bounded`, a tighter `clip_norm`), or those that
             agree (`median`, `trimmed_mean`, `krum`), each counted once, whatever its examples and staleness; see `robust.py`.
         upload: how the numbers of an update travel: `int8` takes a quarter of the bytes, and what it loses comes with the next

@@ -235,20 +235,19 @@ def fit(model: Partner, truths: Sequence[Tensor], passes: int, batch_size: int, 
 def picked(of: Callable[[list[Ids], list[int]], Partner], encoder: PromptEncoder, asked: Sequence[Choice]) -> float:
     """How often the true word is the likeliest of four: by the sum of its tokens' log-probabilities."""
     prompts = encoder.prompts([choice.example.text for choice in asked])
-    answers = [ids for choice in asked for ids in encoder.answers(choice.words, None)]
-    each = len(answers) // len(asked)
-    sequences = [[*prompts[i // each], *ids] for i, ids in enumerate(answers)]
-    model, found = of(sequences, [len(prompts[i // each]) for i in range(len(answers))]), list[float]()
+    words = [encoder.answers(choice.words, None) for choice in asked]
+    read = sorted({(i, *ids[:-1]) for i, four in enumerate(words) for ids in four})  # before a last token; words share these
+    sequences = [[*prompts[i], *ids, 0] for i, *ids in read]  # whatever comes last, nobody looks past it
+    model, values = of(sequences, [len(prompts[i]) for i, *_ in read]), dict[tuple[int, ...], float]()
     with torch.no_grad():
-        for at in range(0, len(answers), 4 * each):
-            some = list(range(at, min(at + 4 * each, len(answers))))
-            said = F.log_softmax(model.said(some), dim=1)
-            tokens = torch.tensor([token for i in some for token in answers[i]])
-            values = said.gather(1, tokens[:, None])[:, 0]
-            for i in some:
-                found.append(float(values[: len(answers[i])].sum()))
-                values = values[len(answers[i]) :]
-    return float((np.array(found).reshape(-1, each).argmax(1) == 0).mean())
+        for at in range(0, len(read), 16):
+            some = range(at, min(at + 16, len(read)))
+            said = F.log_softmax(model.said(some), dim=1).split([len(read[i]) for i in some])
+            for context, scores in zip([read[i] for i in some], said, strict=True):
+                known, choice = torch.tensor(context[1:], dtype=torch.long), words[context[0]]
+                before = float(scores[:-1].gather(1, known[:, None]).sum())
+                values |= {(context[0], *ids): before + float(scores[-1, ids[-1]]) for ids in choice if (*ids[:-1],) == context[1:]}
+    return statistics.fmean(max(four, key=lambda ids: values[i, *ids]) == four[0] for i, four in enumerate(words))
 
 
 def _slm(place: Place, own: Sequence[Arrays]) -> dict[str, Any]:

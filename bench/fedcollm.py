@@ -242,11 +242,12 @@ def picked(of: Callable[[list[Ids], list[int]], Partner], encoder: PromptEncoder
     with torch.no_grad():
         for at in range(0, len(read), 16):
             some = range(at, min(at + 16, len(read)))
-            said = F.log_softmax(model.said(some), dim=1).split([len(read[i]) for i in some])
+            said = torch.split(F.log_softmax(model.said(some), dim=1), [len(read[i]) for i in some])
             for context, scores in zip([read[i] for i in some], said, strict=True):
                 known, choice = torch.tensor(context[1:], dtype=torch.long), words[context[0]]
                 before = float(scores[:-1].gather(1, known[:, None]).sum())
-                values |= {(context[0], *ids): before + float(scores[-1, ids[-1]]) for ids in choice if (*ids[:-1],) == context[1:]}
+                own = [ids for ids in choice if (*ids[:-1],) == context[1:]]
+                values |= {(context[0], *ids): before + float(scores[-1, ids[-1]]) for ids in own}
     return statistics.fmean(max(four, key=lambda ids: values[i, *ids]) == four[0] for i, four in enumerate(words))
 
 

@@ -92,8 +92,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Place:
-    """What a cell works with."""
+    """What a cell works with; `cell` without its method."""
 
+    cell: Cell
     settings: FedMkt
     devices: Sequence[Device]
     public: tuple[Example, ...]
@@ -163,14 +164,27 @@ def llm_of(task: str) -> Llm:
 def place_of(cell: Cell, folder: Path) -> Place:
     """Everything but what is trained."""
     settings, run, llm = settings_of(cell), run_file(cell.task), llm_of(cell.task)
-    devices, public = _sentiment(cell) if cell.task == "sentiment" else _cloze(cell)
+    devices, public = people(cell)
     blobs, models = Blobs(folder / "blobs"), dict[str, Manifest]()
     for name in {device.name for device in devices}:
         bundle = bundles.read(bundle_of(name))
         models[name] = run_settings.manifest(run, bundle)
         blobs.adopt(bundle_of(name) / TOKENIZER, bundle.files[TOKENIZER].sha256)
     here = mutual.Here(llm, Hello("", run.task, settings.llm), folder)
-    return Place(settings, devices, public, llm, Tutor(settings, run.task, public, blobs, here, lambda: 0.0, models), blobs)
+    return Place(
+        cell._replace(method=""),
+        settings,
+        devices,
+        public,
+        llm,
+        Tutor(settings, run.task, public, blobs, here, lambda: 0.0, models),
+        blobs,
+    )
+
+
+def people(cell: Cell) -> tuple[list[Device], tuple[Example, ...]]:
+    """Devices, and the public texts."""
+    return _sentiment(cell) if cell.task == "sentiment" else _cloze(cell)
 
 
 def _sentiment(cell: Cell) -> tuple[list[Device], tuple[Example, ...]]:
@@ -219,14 +233,13 @@ def train(place: Place, method: str) -> Trained:
             return asyncio.run(_fedmkt(place))
 
 
-def _first(place: Place, device: Device) -> Arrays:
-    """What a device learns of its own labels, before anybody has said anything."""
-    start, settings = device.lab.spec.start(place.settings.seed), place.settings
-    return _learned(
-        device,
-        start,
-        verbs.prepare(0, start, device.lab.spec, device.private, settings.alone, None, settings.seed + 1, device.lab.engine),
-    )
+@cache
+def _first(cell: Cell, at: int) -> Arrays:
+    """What a device learns of its own labels, before anybody has said anything: the same in every method."""
+    device, settings = people(cell)[0][at], settings_of(cell)
+    lab, start = device.lab, device.lab.spec.start(settings.seed)
+    prepared = verbs.prepare(0, start, lab.spec, device.private, settings.alone, None, settings.seed + 1, lab.engine)
+    return _learned(device, start, prepared)
 
 
 def _learned(device: Device, start: Arrays, prepared: verbs.Prepared) -> Arrays:
@@ -243,8 +256,8 @@ Rows = Callable[[Place, Device, Arrays, int], Sequence[Row]]
 def _alone(place: Place, rows: Rows) -> list[Arrays]:
     """Devices that learn their own labels and, after the first version, these rows of public texts."""
     found, settings = [], place.settings
-    for device in place.devices:
-        lab, own = device.lab, _first(place, device)
+    for at, device in enumerate(place.devices):
+        lab, own = device.lab, _first(place.cell, at)
         for version in range(1, settings.versions + 1):
             sources = [Source(verbs.private_rows(device.private.labelled, lab.engine), settings.training.batch_size)]
             if more := rows(place, device, own, settings.seed + version):
@@ -316,7 +329,7 @@ def _averaged(place: Place) -> list[Arrays]:
 async def _fedmkt(place: Place) -> Trained:
     """The server's own tutor and the devices' own verbs; every word as it travels."""
     settings, subject, blobs, before, size = place.settings, place.tutor.subject, place.blobs, "", 0
-    own = [_first(place, device) for device in place.devices]
+    own = [_first(place.cell, at) for at in range(len(place.devices))]
     for number in range(settings.versions):
         heard, sent = [], []
         for device, adapter in zip(place.devices, own, strict=True):
@@ -456,10 +469,17 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`small`: of the devices whose model is the smallest decoder in the mix, too; there FedAvg compares like with like."""
+    small = [{**r, "accuracy": statistics.fmean(_of_small(r))} for r in rows if r["model"] == "slm"]
     return {
         "slm": {m: spread_of(rows, "slm", m) for m in (*SLM, *K) if there(rows, "slm", m)},
         "llm": {name: spread_of(rows, "llm", m) for name, m in LLM_ROWS.items() if there(rows, "llm", m)},
+        "small": {m: spread_of(small, "slm", m) for m in (*SLM, *K) if there(small, "slm", m)},
     }
+
+
+def _of_small(row: dict[str, Any]) -> list[float]:
+    return [found for found, model in zip(row["per_device"], MODELS_OF[row["task"]], strict=True) if model == "small"]
 
 
 def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from bench import fedcollm, fleet, pairs
 from edge_sdk.tasks import Example
+from examples.cloze import Choice
 
 TASKS, METHODS = ("sentiment", "cloze"), ("zero_shot", "ours", "never_run")
 
@@ -106,3 +111,50 @@ def test_the_servers_labels_tell_nothing_of_a_domain(seed: int) -> None:
         assert [e.label for e in auxiliary[at : at + each]].count(1) == each // 2
     assert [len(private.labelled) for private in devices] == [fedcollm.LABELS] * 4
     assert not own & {e.text for e in auxiliary}
+
+
+class Spelled:
+    """A model over bytes that finds the word it is given the likeliest, one token after the other."""
+
+    trained = ()
+
+    def __init__(self, sequences: list[list[int]], starts: list[int], scores: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        self.sequences, self.starts, self.scores = sequences, starts, scores
+
+    def said(self, some: Sequence[int]) -> Tensor:
+        """Scores that depend on all that was read, and on nothing that comes later."""
+        rows = []
+        for i in some:
+            ids = self.sequences[i]
+            rows += [self.scores[sum(ids[:at]) % len(self.scores)] for at in range(self.starts[i], len(ids))]
+        return torch.from_numpy(np.stack(rows))
+
+
+class Letters:
+    """Each character is a token; words begin with a space."""
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*text.encode()] for text in texts]
+
+    def answers(self, texts: Sequence[str], end: int | None) -> list[list[int]]:
+        return [[*f" {text}".encode()] for text in texts]
+
+
+def test_the_word_with_the_likeliest_tokens_is_picked() -> None:
+    """As each of four words read whole and alone has it; words that begin alike, and are others' beginnings, too."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(61, 128)).astype(np.float32)
+    words = ["tin", "ten", "tent", "o", "on", "only", "sea", "seal", "x"]
+    asked = [Choice(Example(f"text {i}", answer="-"), tuple(rng.permutation(words)[:4].tolist())) for i in range(40)]
+    encoder: Any = Letters()
+
+    right = []
+    for choice in asked:
+        (prompt,), sums = encoder.prompts([choice.example.text]), []
+        for ids in encoder.answers(choice.words, None):
+            said = torch.log_softmax(Spelled([[*prompt, *ids]], [len(prompt)], scores).said([0]), dim=1)
+            sums.append(float(said[range(len(ids)), ids].sum()))
+        right.append(sums[0] == max(sums))
+
+    assert 0 < sum(right) < len(right)
+    assert fedcollm.picked(lambda ids, starts: Spelled(ids, starts, scores), encoder, asked) == sum(right) / len(right)

@@ -17,6 +17,7 @@ BENCHES = {
     "async_vs_sync": "asynchronous averaging against synchronous rounds, in virtual time: hours and uploads to an accuracy",
     "secure": "secure averaging against plain averaging: server CPU, bytes, error",
     "lora_push": "what the server costs: seconds a round, CPU, memory, bytes, with real devices' processes",
+    "uploads": "what rounding updates to fp16 and int8 costs in accuracy",
     "lpfl_settings": "how LP-FL's settings were chosen, on validation text",
     "training": "split training against PEFT and the Trainer: seconds, memory, disk, accuracy",
     "training_settings": "how the rates of training were chosen, on validation text",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Part = Literal["test", "validation"]
 Split = Literal["iid", "by-domain"]
 After = Callable[[int, Arrays], Arrays]  # a version's number and its mean -> what it becomes
+Travels = Callable[[int, Arrays], Arrays]  # a device's place in the fleet and its update -> what arrives
 CONFIGS = Path(__file__).parent.parent / "examples"
 
 
@@ -191,22 +192,24 @@ def federate(
     synthetic: Sequence[Sample] = (),
     mix: Mix | None = None,
     after: After = lambda _, adapter: adapter,
+    travels: Travels = lambda _, delta: delta,
 ) -> Arrays:
     """Synchronous rounds of a whole fleet; with one device, training alone.
 
     Args:
         after: what the server makes of each version's mean.
+        travels: what the server gets of each device's update.
     """
     adapter = start
     for version in range(settings.versions):
         seed = settings.seed + 1 + version
         buffer = []
-        for private in fleet:
+        for at, private in enumerate(fleet):
             prepared = verbs.prepare(
                 version, adapter, spec, private, settings.training, settings.soft, seed, engine, None, synthetic, mix
             )
             learned = prepared.learned(*trainer.fit(prepared.job))
-            buffer.append(Contribution(learned.delta, learned.num_examples, 0, adapter))
+            buffer.append(Contribution(travels(at, learned.delta), learned.num_examples, 0, adapter))
         adapter = after(version, lpfl.step(settings, spec, adapter, buffer))
     return adapter
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import fedcollm, fleet, pairs
+from bench import fedcollm, fleet, pairs, uploads
 from edge_sdk.tasks import Example
 from examples.cloze import Choice
 
@@ -111,6 +111,17 @@ def test_the_servers_labels_tell_nothing_of_a_domain(seed: int) -> None:
         assert [e.label for e in auxiliary[at : at + each]].count(1) == each // 2
     assert [len(private.labelled) for private in devices] == [fedcollm.LABELS] * 4
     assert not own & {e.text for e in auxiliary}
+
+
+def test_what_a_device_owes_comes_with_its_next_update() -> None:
+    """Of int8 all arrives but the last rest, half a step at most; of what is forgotten, a bias of .4 steps never does."""
+    delta = {"a": np.array([[127.0, 0.4]], np.float32)}
+    kept, forgets = uploads.Line("int8"), uploads.Line("int8_forgotten")
+
+    assert sum(kept(0, delta)["a"][0, 1] for _ in range(5)) == pytest.approx(2.0)
+    assert sum(forgets(0, delta)["a"][0, 1] for _ in range(5)) == 0
+    assert kept(1, delta)["a"][0, 1] == 0
+    assert kept.size == 2 + 4
 
 
 class Spelled:

@@ -65,12 +65,14 @@ SLM = ("zero_shot", "standalone", "standalone_public", "fedavg", "self_distil", 
 K = ("fedmkt_k4", "fedmkt_k64")
 METHODS = (*SLM, *K, "centralized")
 LLM_ROWS = {"zero_shot": "zero_shot", "public_only": "standalone_public", "centralized": "centralized", "fedmkt": "fedmkt"}
+RATES = (("alone.learning_rate", 2e-4), ("training.learning_rate", 2e-4), ("learning_rate", 1e-4))
+CHANGES = {"sentiment": (), "cloze": RATES}  # of the example's settings, by task: words take smaller steps
 LABELS, CHOICE, PUBLIC = 32, 16, 32  # of a device, held out by a device to keep the better adapter, of all
 HELD_OUT = {"sentiment": 100, "cloze": 50}  # test texts of a device
 
 
 class Cell(NamedTuple):
-    """One method with one seed. `change`: settings to try, by name."""
+    """One method with one seed. `change`: settings to try, by name, e.g. `alone.steps`."""
 
     task: str
     seed: int
@@ -136,11 +138,14 @@ def settings_of(cell: Cell) -> FedMkt:
     """The settings of examples/fedmkt.toml, the LLM on one core."""
     if (settings := run_file(cell.task).fedmkt) is None:
         raise ValueError("examples/fedmkt.toml has no table [fedmkt]")
-    changes = {name: type(getattr(settings, name))(value) for name, value in cell.change}
-    if cell.method in K:
-        changes["top_k"] = int(cell.method.removeprefix("fedmkt_k"))
+    parts: dict[str, Any] = {"alone": settings.alone, "training": settings.training, "": settings}
+    for name, value in (*CHANGES[cell.task], *cell.change):
+        part, _, key = name.rpartition(".")
+        parts[part] = msgspec.structs.replace(parts[part], **{key: type(getattr(parts[part], key))(value)})
+    top_k = int(cell.method.removeprefix("fedmkt_k")) if cell.method in K else settings.top_k
     llm = msgspec.structs.replace(settings.llm, threads=1)
-    return msgspec.structs.replace(settings, llm=llm, seed=cell.seed, **changes)
+    own = {"alone": parts["alone"], "training": parts["training"], "top_k": top_k, "llm": llm, "seed": cell.seed}
+    return msgspec.structs.replace(parts[""], **own)
 
 
 @cache

@@ -60,7 +60,7 @@ from examples.cloze import Choice
 
 TASKS = ("sentiment", "cloze")
 MODELS_OF = {"sentiment": ("minilm", "smollm2", "small", "other"), "cloze": ("smollm2", "small", "other", "small")}
-LAYERS = {"minilm": 0, "smollm2": 6, "small": 6, "other": 6}  # trained, nearest the output; 0 for all
+LAYERS = {"minilm": 0, "smollm2": 3, "small": 3, "other": 3}  # trained, nearest the output; 0 for all
 SLM = ("zero_shot", "standalone", "standalone_public", "fedavg", "self_distil", "random_teacher", "fedmkt")
 K = ("fedmkt_k4", "fedmkt_k64")
 METHODS = (*SLM, *K, "centralized")
@@ -68,7 +68,7 @@ LLM_ROWS = {"zero_shot": "zero_shot", "public_only": "standalone_public", "centr
 RATES = (("alone.learning_rate", 2e-4), ("training.learning_rate", 2e-4), ("learning_rate", 1e-4))
 CHANGES = {"sentiment": (), "cloze": RATES}  # of the example's settings, by task: words take smaller steps
 LABELS, CHOICE, PUBLIC = 32, 16, 32  # of a device, held out by a device to keep the better adapter, of all
-HELD_OUT = {"sentiment": 100, "cloze": 50}  # test texts of a device
+HELD_OUT = {"sentiment": 100, "cloze": 40}  # test texts of a device
 
 
 class Cell(NamedTuple):
@@ -235,7 +235,8 @@ def train(place: Place, method: str) -> Trained:
         case "random_teacher":
             return Trained(_alone(place, _of_noise))
         case _:
-            return asyncio.run(_fedmkt(place))
+            found = asyncio.run(_fedmkt(place))
+            return replace(found, llm=None) if method in K else found  # how much is told matters to those that are told
 
 
 @cache
@@ -445,7 +446,7 @@ def run(full: bool) -> Result:
     """Two seeds of each task; `full`: five."""
     seeds = range(5 if full else 2)
     rows = run_all([Cell(t, s, m) for s in seeds for t in TASKS for m in methods(t)])
-    return Result("fedmkt", rows, summary(rows), pairs.table(rows, TASKS, METHODS), _targets(rows))
+    return Result("fedmkt", rows, summary(rows), pairs.table(rows, TASKS, METHODS), targets(rows))
 
 
 def methods(task: str) -> tuple[str, ...]:
@@ -487,8 +488,8 @@ def _of_small(row: dict[str, Any]) -> list[float]:
     return [found for found, model in zip(row["per_device"], MODELS_OF[row["task"]], strict=True) if model == "small"]
 
 
-def _targets(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What is promised, and by how much it is kept or missed; differences are within a seed."""
+def targets(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is promised, and by how much it is kept or missed, seed by seed; docs/systems/fedmkt.md has them."""
     lines = []
     for task in TASKS:
         for base, target in (("standalone_public", 0.01), ("standalone", 0.029), ("self_distil", None), ("random_teacher", None)):

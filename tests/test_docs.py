@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import async_vs_sync, crosslm, engines, lora_push, lpfl, training
+from bench import async_vs_sync, crosslm, engines, fedcollm, fedmkt, lora_push, lpfl, pairs, training, uploads
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -65,6 +65,31 @@ def test_what_is_said_of_secure_averaging_is_the_committed_result() -> None:
 
     assert f"{ratio[32, 0]} times the processor time of plain averaging, with four of them dropped {ratio[32, 4]} times" in said
     assert f"with 15, the most that may, {ratio[32, 15]} times" in said
+
+
+def test_the_numbers_of_fedcollm_are_the_committed_result() -> None:
+    """Its table, and what became of each target, come from docs/results/fedcollm.json."""
+    result = json.loads((ROOT / "docs/results/fedcollm.json").read_text())
+    page = (ROOT / "docs/systems/fedcollm.md").read_text()
+
+    assert pairs.markdown(result["rows"], fedcollm.TASKS, fedcollm.METHODS) in page
+    assert "\n".join(fedcollm.targets(result["rows"], result["summary"])) in page
+
+
+def test_the_numbers_of_fedmkt_are_the_committed_result() -> None:
+    """Its table, and what became of each target, come from docs/results/fedmkt.json."""
+    result = json.loads((ROOT / "docs/results/fedmkt.json").read_text())
+    page = (ROOT / "docs/systems/fedmkt.md").read_text()
+
+    assert pairs.markdown(result["rows"], fedmkt.TASKS, fedmkt.METHODS) in page
+    assert "\n".join(fedmkt.targets(result["rows"])) in page
+
+
+def test_what_rounding_costs_is_the_committed_result() -> None:
+    """The sentence comes from docs/results/uploads.json."""
+    found = json.loads((ROOT / "docs/results/uploads.json").read_text())["summary"]
+
+    assert uploads.said(found) in " ".join((ROOT / "docs/server.md").read_text().split())
 
 
 def test_what_a_push_costs_is_the_committed_result() -> None:

@@ -145,7 +145,8 @@ def settings_of(cell: Cell) -> FedMkt:
     top_k = int(cell.method.removeprefix("fedmkt_k")) if cell.method in K else settings.top_k
     llm = msgspec.structs.replace(settings.llm, threads=1)
     own = {"alone": parts["alone"], "training": parts["training"], "top_k": top_k, "llm": llm, "seed": cell.seed}
-    return msgspec.structs.replace(parts[""], **own)
+    found: FedMkt = msgspec.structs.replace(parts[""], **own)
+    return found
 
 
 @cache

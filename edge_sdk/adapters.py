@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load
 
 from edge_sdk.errors import DataError
 
@@ -26,6 +26,7 @@ Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]
 
 PREFIX = "base_model.model."
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # of a PEFT directory
 
 
 class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -217,10 +218,8 @@ def row_major(arrays: Arrays) -> dict[str, Array]:
     return {name: np.asarray(array, np.float32, order="C") for name, array in arrays.items()}
 
 
-def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> None:
-    """Writes `adapter_model.safetensors` and `adapter_config.json` that PEFT loads onto the base model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(row_major(arrays), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+def peft_config(spec: AdapterSpec, base: str) -> bytes:
+    """The `CONFIG_FILE` with which PEFT loads the `ADAPTER_FILE` beside it onto the base model."""
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
@@ -234,7 +233,7 @@ def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> No
         "task_type": None,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 _PLAIN: dict[str, tuple[Any, ...]] = {  # what a device could not tell from the arrays
@@ -276,12 +275,12 @@ def read_peft(folder: Path, slots: Iterable[Slot]) -> Adapter:
         DataError: no such files, not plain LoRA, or names and shapes that do not fit the base.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / CONFIG_FILE).read_text())
         for key, wanted in _PLAIN.items():
             if config.get(key, wanted[0]) not in wanted:
                 raise DataError(f"{folder}: {key} is {config[key]!r}; only plain LoRA ({key}={wanted[0]!r}) is supported")
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        loaded = _load(folder / "adapter_model.safetensors")
+        loaded = _load(folder / ADAPTER_FILE)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder} is not a PEFT LoRA directory ({error!r})") from error
     arrays = {name: array.astype(np.float32) for name, array in loaded.items()}

@@ -12,20 +12,34 @@ from pathlib import Path
 from edge_sdk.errors import SettingsError
 
 
-def write(path: Path, body: bytes) -> None:
-    """Makes `body` the content of `path`; after a power cut the file has its old content or this one."""
+def write(path: Path, body: bytes, durable: bool = True) -> None:
+    """Makes `body` the content of `path`; after a power cut the file has its old content or this one.
+
+    Args:
+        durable: wait for the disk; otherwise only a killed process cannot tear the file, for what can be made again.
+    """
     aside = path.with_name(path.name + ".part")
     try:
         with aside.open("wb") as file:
             file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         aside.replace(path)
     except OSError:
         with suppress(OSError):
             aside.unlink()
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are not there; returns once their names are on disk."""
+    made = [each for each in folder.parents if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in (folder, *made):
+        sync_folder(each.parent)
 
 
 def secret(path: Path, make: Callable[[], bytes]) -> bytes:
@@ -59,7 +73,8 @@ def held(folder: Path, what: str) -> Iterator[None]:
     Raises:
         SettingsError: another process holds it; `what` names its program.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        make_folder(folder)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

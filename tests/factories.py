@@ -13,11 +13,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from edge_sdk.adapters import AdapterSpec, Slot
+from edge_sdk.adapters import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, Arrays, Slot, peft_config
 from edge_sdk.assets import Asset
 from edge_sdk.bundle import SCHEMA, Bundle
 from edge_sdk.protocol import PROTOCOL, Manifest
 from edge_sdk.tasks import Kind, Task
+from edge_sdk.wire import pack_adapter
 
 GOOD = ["great", "lovely", "fine", "nice", "superb", "bright"]
 BAD = ["awful", "dull", "poor", "sad", "broken", "grim"]
@@ -100,3 +101,9 @@ def bundle_path(folder: Path, kind: Kind) -> Path:
 if __name__ == "__main__":
     for each in get_args(Kind):
         write_bundle(Path(sys.argv[1]), each)
+
+
+def write_peft(folder: Path, arrays: Arrays, spec: AdapterSpec, base: str) -> None:
+    """A PEFT directory as the server makes one of each version."""
+    (folder / ADAPTER_FILE).write_bytes(pack_adapter(arrays))
+    (folder / CONFIG_FILE).write_bytes(peft_config(spec, base))

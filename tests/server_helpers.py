@@ -29,7 +29,7 @@ from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, fedbuff
 from edge_server.app import create_app
 from edge_server.compute import Compute
-from edge_server.coordinator import Accepted, Event, Published
+from edge_server.coordinator import Accepted, Dropped, Event, Published
 from edge_server.knowledge.filters import Filter
 from edge_server.ledger import Ledger
 from edge_server.llm.jobs import (
@@ -365,17 +365,22 @@ def blobs(data: Path) -> set[str]:
 def fold(log: Iterable[Event], deltas: Callable[[Accepted], Arrays], run: RunSettings) -> dict[str, Array]:
     """The newest adapter, computed in memory from the accepted updates in the order of the log."""
     adapter = SPEC.start(run.lpfl.seed)
-    version, buffer = -1, list[Contribution]()
+    version, waiting = -1, list[Accepted]()
     for event in log:
         match event:
             case Accepted():
-                buffer.append(Contribution(deltas(event), event.num_examples, version - event.version))
+                waiting.append(event)
+            case Dropped(blobs):
+                waiting = [update for update in waiting if update.blob not in blobs]
             case Published(0):
                 version = 0
             case Published():
-                batch = robust.bounded(buffer[: run.lpfl.buffer_size], run.lpfl.clip_norm)
+                oldest = {update.device: update for update in reversed(waiting)}
+                taken = [update for update in waiting if oldest[update.device] is update][: run.lpfl.buffer_size]
+                batch = [Contribution(deltas(update), update.num_examples, version - update.version) for update in taken]
+                batch = robust.bounded(batch, run.lpfl.clip_norm)
                 adapter = fedbuff(adapter, batch, run.lpfl.server_lr, cap=run.lpfl.max_examples)
-                version, buffer = version + 1, buffer[run.lpfl.buffer_size :]
+                version, waiting = version + 1, [update for update in waiting if update not in taken]
     return adapter
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from edge_sdk import adapters
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, Slot, mismatch, read_peft, weighted_mean, write_peft
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, Slot, mismatch, read_peft, weighted_mean
 from edge_sdk.errors import DataError
 from tests import factories, strategies
 
@@ -46,7 +46,7 @@ def change_config(folder: Path, **fields: object) -> None:
 @pytest.fixture
 def peft(tmp_path: Path) -> Path:
     """A good PEFT directory of `SPEC`."""
-    write_peft(tmp_path, SPEC.start(3), SPEC, "base")
+    factories.write_peft(tmp_path, SPEC.start(3), SPEC, "base")
     return tmp_path
 
 
@@ -285,9 +285,9 @@ def test_inputs_stay_as_they_are() -> None:
 # PEFT directory -------------------------------------------------------------------------------------------------------
 @given(arrays=strategies.adapters(SHAPES))
 def test_a_folder_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Array]) -> None:
-    """read_peft is the inverse of write_peft, in any memory layout."""
+    """read_peft is the inverse of what makes one, in any memory layout."""
     folder = tmp_path_factory.mktemp("peft")
-    write_peft(folder, {name: np.asfortranarray(array) for name, array in arrays.items()}, SPEC, "base")
+    factories.write_peft(folder, {name: np.asfortranarray(array) for name, array in arrays.items()}, SPEC, "base")
     found, spec = read_peft(folder, SPEC.slots)
 
     assert strategies.same(found, arrays)
@@ -367,7 +367,7 @@ def test_what_is_no_peft_folder_is_refused(peft: Path, name: str, content: bytes
 def test_bfloat16_is_read(tmp_path: Path) -> None:
     """A PEFT directory in bfloat16, which numpy does not know, is read as the float32 values it stands for."""
     arrays = {name: torch.from_numpy(array).to(torch.bfloat16) for name, array in SPEC.start(3).items()}
-    write_peft(tmp_path, SPEC.start(3), SPEC, "base")
+    factories.write_peft(tmp_path, SPEC.start(3), SPEC, "base")
     save_torch(arrays, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     found, _ = read_peft(tmp_path, SPEC.slots)
 
@@ -381,7 +381,7 @@ def test_bfloat16_is_read(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_settings_a_device_could_not_follow_are_refused(tmp_path: Path, key: str, value: object) -> None:
     """What changes the base, or adds what the arrays do not show, is refused by name."""
-    write_peft(tmp_path, SPEC.start(3), SPEC, "base")
+    factories.write_peft(tmp_path, SPEC.start(3), SPEC, "base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(DataError, match=f"{key} is .* only plain LoRA"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,10 @@ from typing import Any
 import pytest
 
 from edge_sdk.errors import DataError, SettingsError, WireError
+from edge_server import admission as admissions
 from edge_server import cli
 from edge_server.admission import NAME, Admission, Token, check
+from edge_server.failpoints import nothing
 
 DEVICE, OTHER = "ab" * 32, "cd" * 32
 NOW = 1000.0
@@ -146,6 +151,68 @@ def test_a_damaged_file_is_said(tmp_path: Path) -> None:
         Admission(tmp_path)
 
 
+@contextlib.contextmanager
+def locked(data: Path) -> Iterator[sqlite3.Connection]:
+    """The file while another program changes it, and does not come to an end."""
+    with contextlib.closing(sqlite3.connect(data / NAME, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield other
+
+
+def test_who_only_looks_waits_for_no_change(admission: Admission, tmp_path: Path) -> None:
+    """While another process holds the file: members, strangers and lists are answered from what is there."""
+    token, text = admission.mint("", NOW + 60, NOW)
+    admission.admit(DEVICE, text, NOW)
+
+    with locked(tmp_path) as other:
+        other.execute("UPDATE devices SET revoked = 1")
+        admission.known(DEVICE)
+        assert admission.is_in(DEVICE, "", NOW)
+        with refused("token-needed"):
+            admission.is_in(OTHER, "", NOW)
+        with refused("bad-token", "is used"):
+            admission.is_in(OTHER, text, NOW)
+        assert [each.id for each in admission.tokens()] == [token.id]
+        assert admission.devices() == {DEVICE: False}
+
+
+def test_a_change_that_finds_the_file_locked_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """A device is asked to come again, the operator told what to do; once the lock is gone it goes on."""
+    monkeypatch.setattr(admissions, "PATIENCE", 0.01)
+    with contextlib.closing(Admission(tmp_path)) as admission:
+        _, text = admission.mint("", 1e12, NOW)
+        data = ["--data", str(tmp_path)]
+
+        with locked(tmp_path):
+            with refused("busy") as caught:
+                admission.admit(DEVICE, text, NOW)
+            for verb in (["mint"], ["revoke", text.partition("-")[0]]):
+                assert cli.main(["token", *verb, *data]) == 1
+                assert f"another program has locked {NAME}; try again" in capsys.readouterr().err
+        admission.admit(DEVICE, text, NOW)
+
+    assert (caught.value.status, caught.value.retry_after) == (503, 0.01)
+    assert cli.main(["token", "mint", *data]) == 0
+
+
+@pytest.mark.parametrize("before", ["nothing", "a list", "an empty file", "a token", "a device"])
+def test_devices_are_known_once_a_token_was_minted(tmp_path: Path, capsys: Capture, before: str) -> None:
+    """On this machine; the file alone, or that somebody looked, is no reason, and looking makes no file."""
+    if before == "a list":
+        assert cli.main(["token", "list", "--data", str(tmp_path)]) == 2
+    elif before != "nothing":
+        with contextlib.closing(Admission(tmp_path)) as admission:
+            text = "" if before == "an empty file" else admission.mint("", NOW + 60, NOW)[1]
+            if before == "a device":
+                admission.admit(DEVICE, text, NOW)
+
+    args = argparse.Namespace(host="127.0.0.1", require_tokens=False, data=tmp_path, admin_token_file=None)
+    guard = cli._guard(args, nothing)
+
+    assert (guard is not None) == (before in ("a token", "a device"))
+    assert (tmp_path / NAME).exists() == (before not in ("nothing", "a list"))
+
+
 # The commands ---------------------------------------------------------------------------------------------------------
 def test_the_operator_mints_lists_and_revokes(tmp_path: Path, capsys: Capture) -> None:
     """The token stands alone on stdout, what to do with it on stderr; lists show states, never secrets."""
@@ -199,3 +266,12 @@ def test_a_folder_that_is_not_there_is_not_made_by_a_list(tmp_path: Path, capsys
 
     assert "there is no data folder" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("verb", [["token", "list"], ["token", "revoke", "x"], ["device", "list"], ["device", "revoke", "x"]])
+def test_a_file_that_is_not_there_is_not_made_by_looking(tmp_path: Path, capsys: Capture, verb: list[str]) -> None:
+    """In any folder; a server that starts there goes on without tokens."""
+    assert cli.main([*verb, "--data", str(tmp_path)]) == 2
+
+    assert "no token was ever minted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -25,6 +25,7 @@ from edge_server.coordinator import (
     Buffered,
     Decided,
     Device,
+    Dropped,
     Enrolled,
     Evaluated,
     Event,
@@ -100,7 +101,7 @@ def test_an_accepted_update_waits_for_the_next_version() -> None:
     state = apply(AT_0, accepted("u1", "d1", 0, num_examples=7, size=123))
 
     assert (state.version, state.adapter) == (0, "a0")
-    assert state.buffer == (Buffered("blob-u1", 7, 0, 0),)
+    assert state.buffer == (Buffered("blob-u1", "d1", 7, 0),)
     assert dict(state.devices) == {"d1": Device("one", trained=0, updates=1, uploaded_bytes=123), "d2": Device("two")}
     assert dict(state.receipts) == {"u1": Receipt("u1", 0)}
     assert dict(state.measurements) == {0: Measurement("update", "d1", 0, 7, {"loss": 0.5})}
@@ -138,14 +139,14 @@ def test_apply_leaves_the_old_state_alone() -> None:
 
 
 def test_a_new_version_takes_the_oldest_updates() -> None:
-    """Rule 5: what was folded leaves the front of the buffer, the rest keeps its order and its staleness."""
+    """Rule 5: what was folded leaves the front of the buffer, the rest waits on as it was."""
     full = replay(
         Published(0, "a0", 0), *(Enrolled(f"d{i}", "x") for i in range(4)), *(accepted(f"u{i}", f"d{i}", 0) for i in range(4))
     )
     state = apply(full, Published(1, "a1", 3))
 
     assert [b.blob for b in due(full, 3)] == ["blob-u0", "blob-u1", "blob-u2"]
-    assert (state.version, state.adapter, state.buffer) == (1, "a1", (Buffered("blob-u3", 10, 0, 0),))
+    assert (state.version, state.adapter, state.buffer) == (1, "a1", (Buffered("blob-u3", "d3", 10, 0),))
 
 
 def test_nothing_is_due_before_the_buffer_is_full() -> None:
@@ -183,12 +184,51 @@ def test_a_late_version_takes_no_more_than_a_buffer() -> None:
     assert due(full, 1, deadline_seconds=1.0, now=math.inf) == full.buffer[:1]
 
 
-def test_staleness_is_computed_on_arrival() -> None:
-    """An update that waits through a new version does not age in the buffer."""
-    arrived = apply(AT_3, accepted("u1", "d1", 1))
+def test_a_device_has_one_update_in_a_version() -> None:
+    """Rule 5: its next one waits for the version after, and until then makes no buffer fuller."""
+    alone = replay(*AT_3_EVENTS, *(accepted(f"u{version}", "d1", version) for version in range(4)))
+    both = replay(*AT_3_EVENTS, accepted("u0", "d1", 0), accepted("u1", "d1", 1), accepted("v0", "d2", 0))
+    after = apply(both, Published(4, "a4", 2, at=9.0))
+
+    assert due(alone, 2) == due(after, 2) == ()
+    assert [b.blob for b in due(alone, 1)] == ["blob-u0"]
+    assert [b.blob for b in due(both, 2)] == ["blob-u0", "blob-v0"]
+    assert [b.blob for b in after.buffer] == ["blob-u1"]
+
+
+def test_a_device_that_had_its_turn_waits_anew() -> None:
+    """A late version of one device is not followed at once by another of the same device; others wait since they came."""
+    sent = ((accepted("u0", "d1", 0), 100.0), (accepted("u1", "d1", 1), 100.0), (accepted("v0", "d2", 0), 105.0))
+    state = replay(*AT_3_EVENTS, *(msgspec.structs.replace(event, at=at) for event, at in sent))
+    assert [b.blob for b in due(state, 3, deadline_seconds=10.0, now=110.0)] == ["blob-u0", "blob-v0"]
+    both, first = (apply(state, Published(4, "a4", folded, at=110.0)) for folded in (2, 1))
+
+    assert [(b.blob, b.at) for b in both.buffer] == [("blob-u1", 110.0)]
+    assert [(b.blob, b.at) for b in first.buffer] == [("blob-u1", 110.0), ("blob-v0", 105.0)]
+    assert due(both, 3, deadline_seconds=10.0, now=119.0) == due(first, 3, deadline_seconds=10.0, now=114.0) == ()
+    assert due(both, 3, deadline_seconds=10.0, now=120.0) == both.buffer
+    assert due(first, 3, deadline_seconds=10.0, now=115.0) == first.buffer
+
+
+def test_what_has_become_too_stale_while_it_waited_is_dropped() -> None:
+    """Rule 4 holds when a version is made: an update taken in time may be too old by then. It leaves its receipt and no trace."""
+    arrived = replay(*AT_3_EVENTS, accepted("u1", "d1", 1), accepted("u2", "d2", 2))
     later = apply(arrived, Published(4, "a4", 0))
 
-    assert arrived.buffer == later.buffer == (Buffered("blob-u1", 10, 2, 1),)
+    assert coordinator.outdated(arrived, MAX_STALENESS) is coordinator.outdated(later, 3) is None
+    assert (dropped := coordinator.outdated(later, MAX_STALENESS)) == Dropped(("blob-u1",), "too-stale")
+    assert [b.blob for b in apply(later, dropped).buffer] == ["blob-u2"]
+    assert accept(apply(later, dropped), update("d1", 1), "u1") == Receipt("u1", 3)
+    assert coordinator.outdated(apply(later, dropped), MAX_STALENESS) is None
+
+
+def test_what_a_revoked_device_has_sent_is_dropped() -> None:
+    """Of the updates that a version would be made from; who is not revoked keeps the place."""
+    state = replay(*AT_0_EVENTS, accepted("u1", "d1", 0), accepted("u2", "d2", 0))
+
+    assert coordinator.shut_out(state.buffer, {"d1", "d9"}) == Dropped(("blob-u1",), "revoked")
+    assert coordinator.shut_out(state.buffer, ()) is None
+    assert apply(state, Dropped(("blob-u1",), "revoked")).buffer == state.buffer[1:]
 
 
 def test_a_repeated_update_gets_its_first_receipt() -> None:
@@ -629,8 +669,9 @@ class Run:
     state: State = field(default_factory=State)
     events: list[Event] = field(default_factory=list)
     answers: dict[str, list[Receipt]] = field(default_factory=dict)
-    waiting: list[tuple[str, int]] = field(default_factory=list)  # blob and staleness, oldest first
-    folded: list[str] = field(default_factory=list)
+    waiting: list[tuple[str, str, int]] = field(default_factory=list)  # blob, device and base version, oldest first
+    made_of: list[list[tuple[str, str, int]]] = field(default_factory=list)  # of each version, the same
+    dropped: list[str] = field(default_factory=list)
 
     def handle(self, request: object) -> None:
         match request:
@@ -648,16 +689,29 @@ class Run:
                 if not isinstance(decision, Receipt):
                     self._record(decision)
                     if kind == "update":
-                        self.waiting.append((f"blob-{id}", behind))
+                        self.waiting.append((f"blob-{id}", device, version))
                 self.answers.setdefault(id, []).append(self.state.receipts[id])
             case Publish() if self.state.version < 0:
                 self._record(Published(0, "a0", 0))
             case Publish():
+                self._drop()
                 while batch := due(self.state, BUFFER_SIZE):
                     version = self.state.version + 1
                     self._record(Published(version, f"a{version}", len(batch)))
-                    self.folded += [buffered.blob for buffered in batch]
-                    del self.waiting[: len(batch)]
+                    self._take({buffered.blob for buffered in batch})
+                    self._drop()
+
+    def _take(self, blobs: set[str]) -> None:
+        self.made_of.append([update for update in self.waiting if update[0] in blobs])
+        self.waiting = [update for update in self.waiting if update[0] not in blobs]
+
+    def _drop(self) -> None:
+        if dropped := coordinator.outdated(self.state, MAX_STALENESS):
+            self._record(dropped)
+            stale = [blob for blob, _, version in self.waiting if self.state.version - version > MAX_STALENESS]
+            assert list(dropped.blobs) == stale
+            self.waiting = [update for update in self.waiting if update[0] not in stale]
+            self.dropped += stale
 
     def _record(self, event: Event) -> None:
         self.events.append(event)
@@ -712,23 +766,29 @@ def test_no_device_has_two_updates_for_one_version(sequence: list[object]) -> No
 
 @strategies.fuzzing
 @given(sequences)
-def test_staleness_is_bounded_and_kept(sequence: list[object]) -> None:
-    """Rule 4: the buffer holds, in order of arrival, what the bookkeeper wrote down then, and nothing too old."""
+def test_staleness_is_bounded_when_a_version_is_made(sequence: list[object]) -> None:
+    """Rule 4: the buffer holds, in order of arrival, what the bookkeeper wrote down then, and nothing too old is averaged."""
     made = run(sequence)
 
-    assert [(buffered.blob, buffered.staleness) for buffered in made.state.buffer] == made.waiting
-    assert all(0 <= buffered.staleness <= MAX_STALENESS for buffered in made.state.buffer)
+    assert [(buffered.blob, buffered.device, buffered.version) for buffered in made.state.buffer] == made.waiting
+    assert all(0 <= before - base <= MAX_STALENESS for before, batch in enumerate(made.made_of) for _, _, base in batch)
 
 
 @strategies.fuzzing
 @given(sequences)
-def test_every_update_is_folded_once_in_order_of_arrival(sequence: list[object]) -> None:
-    """Rule 5: versions eat the updates in order of arrival, three at a time, and leave the rest."""
+def test_every_update_is_folded_once_or_dropped_and_each_devices_in_order_of_arrival(sequence: list[object]) -> None:
+    """Rule 5: versions eat the updates of three devices at a time, each device's oldest first, and leave the rest."""
     made = run(sequence)
-    arrived = [event.blob for event in made.events if isinstance(event, Accepted)]
+    arrived = [(event.blob, event.device) for event in made.events if isinstance(event, Accepted)]
+    folded = [(blob, device) for batch in made.made_of for blob, device, _ in batch]
+    waiting = [blob for blob, _, _ in made.waiting]
 
-    assert made.folded + [buffered.blob for buffered in made.state.buffer] == arrived
-    assert len(made.folded) == BUFFER_SIZE * max(made.state.version, 0)
+    assert sorted([*(blob for blob, _ in folded), *made.dropped, *waiting]) == sorted(blob for blob, _ in arrived)
+    assert all(len({device for _, device, _ in batch}) == len(batch) == BUFFER_SIZE for batch in made.made_of)
+    assert len(made.made_of) == max(made.state.version, 0)
+    for one in "abcd":
+        mine = [update for update in folded if update[1] == one]
+        assert mine == [update for update in arrived if update in mine]
 
 
 # Any sequence of a run with an LLM ------------------------------------------------------------------------------------

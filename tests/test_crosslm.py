@@ -380,7 +380,7 @@ def test_after_the_last_sheet_devices_average() -> None:
     assert softlabels.size(work.soft, 2, 1000) == softlabels.size(SoftLabels(), 0, 1000) > 0
     assert crosslm.plan(THEN, state, Device("x", trained=2), can_train=True) == Wait(30.0)
     assert not crosslm.finished(THEN, state)
-    waiting = Buffered("u", 4, 0, 2)
+    waiting = Buffered("u", "d1", 4, 2)
     late, early = replace(at(DONE, DONE, tuned=1), buffer=(waiting,)), replace(at(DONE, tuned=1), buffer=(waiting,))
     assert crosslm.averaged(THEN, late, 0.0) == (waiting,)
     assert crosslm.due(THEN, late, 0.0) == TuneLlm(1)  # at the same time

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edge_sdk import bundle as bundles
-from edge_sdk.adapters import Adapter, AdapterSpec, Arrays, read_peft, write_peft
+from edge_sdk.adapters import Adapter, AdapterSpec, Arrays, read_peft
 from edge_sdk.assets import Asset
 from edge_sdk.engines import Engine, open_engine
 from edge_sdk.errors import DataError
@@ -112,7 +112,7 @@ def test_a_peft_folder_round_trips_through_peft(folder: Path, tmp_path: Path) ->
     bundle = bundles.read(folder)
     engine, _, spec = open_both(folder)
     adapter = random_adapter(spec)
-    write_peft(tmp_path, adapter, spec, bundle.base)
+    factories.write_peft(tmp_path, adapter, spec, bundle.base)
     loaded = PeftModel.from_pretrained(base.load(bundle), tmp_path).eval()
     encoder = PromptEncoder(
         folder / "tokenizer.json", bundle.prefix, bundle.suffix, bundle.positions, factories.task(bundle.kind)

@@ -52,7 +52,7 @@ devices = st.builds(Device, st.just("x"), trained=st.integers(-1, 6), evaluated=
 
 
 def at(version: int, *known: Device, buffered: int = 0) -> State:
-    buffer = tuple(Buffered(f"b{i}", 1, 0, 0) for i in range(buffered))
+    buffer = tuple(Buffered(f"b{i}", f"d{i}", 1, 0) for i in range(buffered))
     adapters = tuple(f"a{v}" for v in range(version + 1))
     return State(version, adapters, buffer, Map({f"d{i}": device for i, device in enumerate(known)}))
 
@@ -431,7 +431,7 @@ async def test_a_distillation_that_fails_loses_nothing(tmp_path: Path, monkeypat
         state = server.ledger.state
 
     assert equal(adapter(tmp_path, state.adapter), expected(1)[1])
-    assert [waiting.staleness for waiting in state.buffer] == [0]
+    assert [state.version - waiting.version for waiting in state.buffer] == [1]
     assert len({msgspec.json.encode(_without_files(job)) for job in llm.jobs}) == 1  # the same job each time
 
 
@@ -482,7 +482,7 @@ async def test_updates_as_old_as_the_averaging_allows_are_taken(tmp_path: Path) 
             await take(ledger, upload("d3", 0))
         await take(ledger, upload("d4", 1))
 
-        assert [waiting.staleness for waiting in ledger.state.buffer] == [1]
+        assert [ledger.state.version - waiting.version for waiting in ledger.state.buffer] == [1]
 
 
 @pytest.mark.parametrize(("compute", "auxiliary"), [(None, AUXILIARY), (Simulator(), ())])

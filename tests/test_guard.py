@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import ipaddress
 import secrets
+import sqlite3
 import ssl
 import stat
 import time
@@ -38,12 +40,15 @@ from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Problem, Traine
 from edge_sdk.signed import KEY, Signed, signing
 from edge_sdk.store import Parcel, Store
 from edge_sdk.transport import Api, HttpTransport, Response
+from edge_server import admission as admissions
 from edge_server import cli, cohorts
-from edge_server.admission import Admission
+from edge_server.admission import NAME, Admission
 from edge_server.app import create_app
 from edge_server.compute import Compute
+from edge_server.coordinator import Accepted, Dropped
 from edge_server.gate import SKEW, Gate
 from edge_server.guard import Guard
+from edge_server.handlers import INTAKE
 from edge_server.settings import RunSettings
 from tests import server_helpers as helpers
 from tests.server_helpers import upload
@@ -245,6 +250,86 @@ async def test_a_device_that_is_shut_out_is_refused_from_then_on(world: World) -
         with refused("revoked"):
             await call
     await other.api.ask(other.id, True)
+
+
+async def test_what_a_device_sent_before_it_was_shut_out_does_not_count(world: World) -> None:
+    """Its update waits for a second one; once that is there it is dropped, and the version made of two others."""
+    device, *others = [await world.member() for _ in range(3)]
+    await device.api.send(wire.TENSORS_TYPE, helpers.upload(device.id, 0, seed=1))
+    world.admission.revoke_device(device.id)
+    for seed, other in enumerate(others):
+        await other.api.send(wire.TENSORS_TYPE, helpers.upload(other.id, 0, seed))
+    await helpers.until(lambda: world.ledger.state.version == 1)
+    log = helpers.events(world.data)
+    mine = [event.blob for event in log if isinstance(event, Accepted) and event.device == device.id]
+
+    assert [event for event in log if isinstance(event, Dropped)] == [Dropped(tuple(mine), "revoked")]
+    assert world.ledger.state.buffer == ()
+
+
+# When it is busy ------------------------------------------------------------------------------------------------------
+async def test_a_locked_file_holds_up_only_those_that_are_to_be_let_in(world: World) -> None:
+    """While another process changes tokens, and one device waits for it, all others are answered; then that one is let in."""
+    member, device, stranger, text = await world.member(), world.device(), world.device(), world.token()
+    with contextlib.closing(sqlite3.connect(world.data / NAME, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        entering = asyncio.create_task(device.api.enroll(device.id, "a device", token=text))
+        await helpers.until(world.admission._lock.locked)
+
+        assert (await world.client.get("/healthz")).status == 200
+        await member.api.ask(member.id, True)
+        await member.api.enroll(member.id, "a new name")
+        with refused("token-needed"):
+            await stranger.api.enroll(stranger.id, "a stranger")
+        assert not entering.done()
+        other.execute("ROLLBACK")
+
+    await entering
+    await device.api.ask(device.id, True)
+
+
+async def test_a_device_that_is_to_be_let_in_is_asked_to_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file stays locked for longer than the server waits."""
+    monkeypatch.setattr(admissions, "PATIENCE", 0.01)
+    async with opened(tmp_path) as world:
+        device, text = world.device(), world.token()
+        with contextlib.closing(sqlite3.connect(world.data / NAME, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with refused("busy") as caught:
+                await device.api.enroll(device.id, "a device", token=text)
+        await device.api.enroll(device.id, "a device", token=text)
+
+    assert (caught.value.status, caught.value.retry_after) == (503, 1.0)
+
+
+async def test_one_device_cannot_take_the_others_room(world: World) -> None:
+    """Two unfinished uploads of one are all that it may have; it is told when to return, and another one is served."""
+    device, other = await world.member(), await world.member()
+    intake, size = world.client.app[INTAKE], world.ledger.body_limit
+
+    async def begin(sent: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.client.port)
+        signature = world.headers(device, "POST", "/v1/results", b"never whole")
+        fields = {"Host": "x", "Content-Type": wire.TENSORS_TYPE, "Content-Length": str(size), **signature}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        writer.write(f"POST /v1/results HTTP/1.1\r\n{head}\r\n".encode() + bytes(sent))
+        return reader, writer
+
+    begun = [await begin(size - 1), await begin(size - 1)]
+    await helpers.until(lambda: intake.held == 2 * size - 2)
+    reader, third = await begin(0)
+    async with asyncio.timeout(30):
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 429 ")
+    assert b"\r\nRetry-After: 1\r\n" in head
+    assert b'"code":"too-many"' in await reader.readuntil(b"}")
+    await other.api.send(wire.TENSORS_TYPE, upload(other.id, 0))
+
+    for _, writer in begun:
+        writer.transport.abort()
+    await helpers.until(lambda: intake.held == 0)
+    await device.api.send(wire.TENSORS_TYPE, upload(device.id, 0))
+    third.close()
 
 
 # Ownership ------------------------------------------------------------------------------------------------------------

@@ -250,3 +250,24 @@ def test_what_is_remembered_is_bounded() -> None:
 
     assert caught.value.status == 429
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("after", [0.0, 0.25, 2 * SKEW - 1, 2 * SKEW])
+def test_a_device_that_floods_is_told_when_it_may_go_on(after: float) -> None:
+    """In whole seconds, once the first of its own requests is forgotten: by then one more is taken, and one second before not.
+
+    What others sent before is forgotten earlier, and does not count.
+    """
+    found, start = Gate(EPOCH), 1000.5
+    found.take(claim(device="cd" * 32), 900)
+    for number in range(MOST):
+        found.take(claim(nonce=f"{number:016x}"), start + (number > 0) * after)
+
+    with refused("too-many") as caught:
+        found.take(claim(nonce="f" * 16), start + after)
+    told = caught.value.retry_after
+    assert told is not None
+    assert told == int(told) >= 1
+    with refused("too-many"):
+        found.take(claim(nonce="f" * 16), start + after + told - 1)
+    found.take(claim(nonce="f" * 16), start + after + told)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
-from collections.abc import AsyncIterator
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk import wire
+from edge_sdk.cohort import MAX_MEMBERS, SEALED, SHARE, Advertise, Reveal, Shares
 from edge_sdk.errors import Refused, SettingsError, WireError
-from edge_sdk.protocol import Ask
+from edge_sdk.protocol import PROTOCOL, Ask, Enroll, Evaluation, Trained, Withdraw
 from edge_sdk.transport import Api, HttpTransport
-from edge_sdk.wire import JSON_TYPE, MAX_JSON, TENSORS_TYPE, encode
+from edge_sdk.wire import JSON_TYPE, MAX_EXAMPLES, MAX_JSON, MAX_METRICS, TENSORS_TYPE, encode
 from edge_server import cli, handlers
 from edge_server.app import create_app
+from edge_server.handlers import MAX_CALL, MAX_REPORT
 from edge_server.intake import RETRY_SECONDS, Intake
 from tests import server_helpers as helpers
 from tests.server_helpers import Running, upload
@@ -46,6 +51,31 @@ def test_what_is_held_never_exceeds_the_limit_and_is_given_back(parts: list[tupl
                 assert (refused.value.code, refused.value.status, refused.value.retry_after) == ("busy", 503, RETRY_SECONDS)
                 assert intake.held == before
     assert intake.held == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), max_size=20), st.integers(0, 60))
+def test_what_a_device_has_there_never_exceeds_its_part(parts: list[tuple[int, int]], promised: int) -> None:
+    """Two bodies are one device's, which may have 50 of 100 bytes, one another's, one nobody's: only what its own hold counts."""
+    intake, senders, own = Intake(100), ("a", "a", "b", None), dict.fromkeys(("a", "b", None), 0)
+    with contextlib.ExitStack() as inside:
+        bodies = [inside.enter_context(intake.room(0, sender, 50)) for sender in senders]
+        for body, size in parts:
+            sender = senders[body]
+            if sender is not None and own[sender] + size > 50:
+                with pytest.raises(WireError) as refused:
+                    bodies[body](size)
+                assert (refused.value.code, refused.value.status, refused.value.retry_after) == ("too-many", 429, RETRY_SECONDS)
+            elif sum(own.values()) + size > 100:
+                with pytest.raises(WireError, match=r"^busy: "):
+                    bodies[body](size)
+            else:
+                bodies[body](size)
+                own[sender] += size
+            assert intake.held == sum(own.values())
+        if own["a"] + promised > 50:
+            with pytest.raises(WireError, match=r"^too-many: "), intake.room(promised, "a", 50):
+                pass
+    assert intake == Intake(100)
 
 
 @given(st.integers(0, 100), st.integers(0, 150))
@@ -89,10 +119,12 @@ async def running(data: Path, intake: Intake) -> AsyncIterator[Running]:
         yield made
 
 
-async def begin(server: Running, head: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A request to /v1/results that is not over."""
+async def begin(
+    server: Running, head: str, body: bytes = b"", path: str = "/v1/results"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request that is not over."""
     reader, writer = await asyncio.open_connection(server.client.host, server.client.port)
-    writer.write(f"POST /v1/results HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
+    writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
     await writer.drain()
     return reader, writer
 
@@ -118,6 +150,47 @@ async def test_over_the_bound_a_body_is_not_read(tmp_path: Path) -> None:
         await server.send(upload("d2", 0))
         writer.close()
         late.close()
+
+
+SMALL = [*((path, MAX_CALL) for path in ("/v1/enroll", "/v1/work", "/v1/synthetic/withdraw")), ("/v1/results", MAX_REPORT)]
+
+
+@pytest.mark.parametrize(("path", "limit"), SMALL)
+async def test_no_message_holds_more_than_one_of_its_kind_needs(tmp_path: Path, path: str, limit: int) -> None:
+    """A longer one is refused for what it claims, or at the byte that is too much; as long a one is read."""
+    intake = Intake()
+    async with running(tmp_path, intake) as server:
+        kind, chunk = f"Content-Type: {JSON_TYPE}\r\n", b"%x\r\n" % (limit + 1) + bytes(limit + 1)
+        for head, body in ((f"Content-Length: {limit + 1}", b""), ("Transfer-Encoding: chunked", chunk)):
+            reader, writer = await begin(server, kind + head, body, path)
+            async with asyncio.timeout(30):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+            assert intake.held <= limit
+            writer.close()
+        reader, writer = await begin(server, f"{kind}Content-Length: {limit}", b" " * limit, path)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+
+
+def test_the_longest_messages_are_let_in() -> None:
+    """With every character of every name escaped, as some clients write JSON."""
+    id, face = "a" * 64, "\N{GRINNING FACE}"
+    ids = [f"{number:064}" for number in range(MAX_MEMBERS)]
+    metrics = {chr(ord(face) + number) + face * (MAX_METRICS - 1): -sys.float_info.min for number in range(MAX_METRICS)}
+    shares = dict.fromkeys(ids, bytes(SHARE))
+    calls = [Enroll(PROTOCOL, id, face * 64, "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 85, "0" * 41), Ask(id, False), Withdraw(id)]
+    reports = [
+        *(kind(id, 2**62, MAX_EXAMPLES, metrics) for kind in (Evaluation, Trained)),
+        Advertise(id, id, bytes(32), bytes(32)),
+        Shares(id, id, dict.fromkeys(ids, bytes(SEALED))),
+        Reveal(id, id, shares, shares),
+    ]
+
+    def longest(messages: Sequence[msgspec.Struct]) -> int:
+        return max(len(json.dumps(msgspec.to_builtins(message))) for message in messages)
+
+    assert longest(calls) <= MAX_CALL
+    assert longest(reports) <= MAX_REPORT
 
 
 async def test_silent_promises_keep_nobody_out(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ async def test_a_version_is_made_at_its_deadline(tmp_path: Path) -> None:
 
 async def test_a_deadline_counts_through_a_restart(tmp_path: Path) -> None:
     """When the first update came is on disk: a server that was down until after the deadline makes the version at once."""
-    run = settings(buffer_size=3, deadline_seconds=3600.0)
+    run = settings(buffer_size=3, deadline_seconds=3600.0, least=1)
     ledger = helpers.open_ledger(tmp_path, run, now=lambda: 1000.0)
     await ledger.open()
     await ledger.enroll("d1", "d1")
@@ -253,6 +253,28 @@ async def test_a_deadline_counts_through_a_restart(tmp_path: Path) -> None:
     again.close()
 
     assert [e.folded for e in helpers.events(tmp_path) if isinstance(e, Published)] == [0, 1]
+
+
+async def test_a_device_that_had_its_turn_waits_for_a_deadline_of_its_own(tmp_path: Path) -> None:
+    """When a version was made is on disk: of two updates that came together, the second one waits from then on."""
+    clock = [1000.0]
+    run = settings(buffer_size=3, deadline_seconds=10.0, least=1, clip_norm=0.0)
+    ledger = helpers.open_ledger(tmp_path, run, now=lambda: clock[0])
+    await ledger.open()
+    for device in ("d1", "d2"):
+        await ledger.enroll(device, device)
+    await helpers.take(ledger, upload("d2", 0))
+    clock[0] = 1010.0
+    await helpers.work_through(ledger, 1)
+    for version in (0, 1):
+        await helpers.take(ledger, upload("d1", version))
+    clock[0] = 1020.0
+    await helpers.work_through(ledger, 2)
+    ledger.close()
+    log = helpers.events(tmp_path)
+
+    assert [(e.folded, e.at) for e in log if isinstance(e, Published)] == [(0, 0.0), (1, 1010.0), (1, 1020.0)]
+    assert [(waiting.version, waiting.at) for waiting in ledger.state.buffer] == [(1, 1020.0)]
 
 
 async def test_a_device_that_asks_too_often_is_told_when_and_waits_so_long(tmp_path: Path) -> None:

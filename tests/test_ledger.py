@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import os
 import random
 import shutil
 import sqlite3
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from edge_sdk import wire
-from edge_sdk.adapters import Arrays, read_peft
+from edge_sdk.adapters import ADAPTER_FILE, CONFIG_FILE, Arrays, read_peft
 from edge_sdk.errors import SettingsError, WireError
 from edge_sdk.protocol import Evaluate, Evaluation, Finished, Predict, Receipt, Sample, Train, Trained, Update, Wait, Withdrawal
 from edge_server import coordinator
@@ -26,10 +27,24 @@ from edge_server import ledger as ledgers
 from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution, fedbuff
 from edge_server.compute import JobFailed
-from edge_server.coordinator import Accepted, Ballot, Decided, Enrolled, Evaluated, Judged, Kept, Published, State, Tuned, Written
+from edge_server.coordinator import (
+    Accepted,
+    Ballot,
+    Decided,
+    Dropped,
+    Enrolled,
+    Evaluated,
+    Judged,
+    Kept,
+    Published,
+    State,
+    Tuned,
+    Written,
+)
 from edge_server.ledger import Ledger
 from edge_server.llm.jobs import Label, Texts, Tune, Write
 from edge_server.llm.jobs import Tuned as Learned
+from edge_server.robust import Krum, Median, Rule, TrimmedMean
 from edge_server.settings import AdapterSettings, RunSettings
 from edge_server.systems.lpfl import LpFl
 from tests import factories
@@ -228,6 +243,103 @@ async def test_a_stale_update_counts_less(tmp_path: Path) -> None:
         stale, fresh = (helpers.delta(seed)[name].astype(np.float64) for seed in (8, 9))
         np.testing.assert_allclose(fourth[name], array + (30 * fresh + 5 * stale) / 35, rtol=1e-6, atol=1e-7)
     ledger.close()
+
+
+def constant(device: str, version: int, value: float) -> bytes:
+    """An update that moves every number of the adapter by `value`."""
+    return wire.pack(Update(device, version, 10, {}), {name: np.full(s, value, np.float32) for name, s in helpers.SHAPES.items()})
+
+
+@pytest.mark.parametrize("rule", [Median(), TrimmedMean(1), Krum(1, 1)])
+async def test_one_device_cannot_fill_a_buffer(tmp_path: Path, rule: Rule) -> None:
+    """Five updates of one device, for five versions, count once in each version: it moves no farther than honest ones do."""
+    honest = [f"d{i}" for i in range(1, 5)]
+    ledger = await with_devices(tmp_path, settings(buffer_size=5, rule=rule), devices=6)
+    for version in range(4):
+        for device in (*honest, "d5"):
+            await take(ledger, constant(device, version, 1e-3))
+        await work_through(ledger, version + 1)
+    for version in range(5):
+        await take(ledger, constant("d6", version, -1e3))
+    maker = asyncio.create_task(ledger.make_versions())
+    for version in (4, 5):
+        for device in honest:
+            await take(ledger, constant(device, version, 1e-3))
+        await helpers.until(lambda: ledger.state.version == version + 1)  # noqa: B023  # waited for in here
+    maker.cancel()
+    await asyncio.wait([maker])
+    before, *_, after = (adapter(tmp_path, sha256) for sha256 in ledger.state.adapters[4:])
+
+    assert [(waiting.device, waiting.version) for waiting in ledger.state.buffer] == [("d6", version) for version in (2, 3, 4)]
+    for name, array in before.items():
+        np.testing.assert_allclose(after[name] - array, 2e-3, rtol=1e-3)
+    ledger.close()
+
+
+async def test_a_backlog_is_averaged_by_the_age_it_has_by_then(tmp_path: Path) -> None:
+    """Six updates of version 0 come at once: two are a version old when version 2 is made, and two too old for version 3."""
+    said: list[str] = []
+    ledger = await with_devices(tmp_path, settings(max_staleness=1, clip_norm=0.0), devices=7, say=said.append)
+    first = [await take(ledger, constant(f"d{i}", 0, float(i))) for i in range(1, 7)]
+    maker = asyncio.create_task(ledger.make_versions())
+    await helpers.until(lambda: len(said) == 3)
+    await take(ledger, constant("d7", 2, 7.0))
+    await take(ledger, constant("d1", 2, 1.0))
+    await helpers.until(lambda: len(said) == 4)
+    maker.cancel()
+    await asyncio.wait([maker])
+    log = helpers.events(tmp_path)
+    blobs = {event.blob: event.device for event in log if isinstance(event, Accepted)}
+
+    assert said == [
+        "version 1 from 2 updates (staleness 0, 0)",
+        "version 2 from 2 updates (staleness 1, 1)",
+        "dropped as too-stale, of the updates that waited: 2",
+        "version 3 from 2 updates (staleness 0, 0)",
+    ]
+    dropped = [event for event in log if isinstance(event, Dropped)]
+    assert [[blobs[blob] for blob in event.blobs] for event in dropped] == [["d5", "d6"]]
+    assert (ledger.state, ledger.state.buffer) == (replayed(tmp_path), ())
+    assert await take(ledger, constant("d6", 0, 6.0)) == first[-1]
+    ledger.close()
+
+
+async def test_an_update_that_waited_counts_less(tmp_path: Path) -> None:
+    """Version 2 is version 1 plus (10 f + 10 / sqrt(2) s) / (10 + 10 / sqrt(2)): `s` waited through version 1."""
+    ledger = await with_devices(tmp_path, settings(clip_norm=0.0), devices=4)
+    for i in (1, 2, 3):
+        await take(ledger, constant(f"d{i}", 0, float(i)))
+    await work_through(ledger, 1)
+    await take(ledger, constant("d4", 1, 9.0))
+    await work_through(ledger, 2)
+    first, second = (adapter(tmp_path, sha256) for sha256 in ledger.state.adapters[1:])
+
+    for name, array in first.items():
+        np.testing.assert_allclose(second[name] - array, (9 + 3 * 0.5**0.5) / (1 + 0.5**0.5), rtol=1e-5)
+    ledger.close()
+
+
+async def test_what_a_revoked_device_has_sent_makes_no_version(tmp_path: Path) -> None:
+    """It leaves the buffer, and the version waits for another device; also after a restart that knows of no revocation."""
+    said: list[str] = []
+    ledger = await with_devices(tmp_path, devices=3, say=said.append)
+    ledger.revoked = lambda: {"d2"}
+    for i in (1, 2):
+        await take(ledger, constant(f"d{i}", 0, float(i)))
+    maker = asyncio.create_task(ledger.make_versions())
+    await helpers.until(lambda: bool(said))
+    maker.cancel()
+    await asyncio.wait([maker])
+    ledger.close()
+    again = open_ledger(tmp_path)
+    await take(again, constant("d3", 0, 3.0))
+    await work_through(again, 1)
+    start, after = (adapter(tmp_path, sha256) for sha256 in again.state.adapters)
+
+    assert said == ["dropped as revoked, of the updates that waited: 1"]
+    for name, array in start.items():
+        np.testing.assert_allclose(after[name] - array, 2.0, rtol=1e-6)
+    again.close()
 
 
 async def test_every_version_is_a_folder_peft_can_load(tmp_path: Path) -> None:
@@ -431,7 +543,7 @@ async def test_an_interleaved_run_equals_its_replay(tmp_path: Path) -> None:
 
     for i in range(12):
         await asyncio.gather(*(send(f"d{j}", 10 * i + j) for j in range(1, 7)))
-    await helpers.until(lambda: len(ledger.state.buffer) < 3)
+    await helpers.until(lambda: len({waiting.device for waiting in ledger.state.buffer}) < 3)
     maker.cancel()
     await asyncio.wait([maker])
     log = helpers.events(tmp_path)
@@ -444,17 +556,61 @@ async def test_an_interleaved_run_equals_its_replay(tmp_path: Path) -> None:
     ledger.close()
 
 
-async def test_a_version_folder_torn_by_a_power_cut_is_mended(tmp_path: Path) -> None:
-    """The newest version's folder is made anew from the blob, which is what counts."""
-    await run_of(tmp_path, 1)
-    file = tmp_path / "versions" / "0001" / "adapter_model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:10])
+def versions(data: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (data / "versions").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize(
+    "tear",
+    [
+        lambda folder: os.truncate(folder / ADAPTER_FILE, 0),
+        lambda folder: os.truncate(folder / ADAPTER_FILE, 10),
+        lambda folder: (folder / ADAPTER_FILE).unlink(),
+        lambda folder: os.truncate(folder / CONFIG_FILE, 0),
+        lambda folder: (folder / CONFIG_FILE).write_bytes(bytes((folder / CONFIG_FILE).stat().st_size)),
+        shutil.rmtree,
+    ],
+    ids=["adapter-empty", "adapter-short", "adapter-gone", "config-empty", "config-zeros", "folder-gone"],
+)
+async def test_a_version_folder_torn_by_a_power_cut_is_mended(tmp_path: Path, tear: Callable[[Path], Any], version: int) -> None:
+    """Also that of an old version: what reached the disk is anybody's guess, and all of it can be made from blobs."""
+    await run_of(tmp_path, 2)
+    whole = versions(tmp_path)
+    tear(folder(tmp_path, version))
     ledger = open_ledger(tmp_path)
     await ledger.open()
 
-    assert file.read_bytes() == whole
+    assert versions(tmp_path) == whole
     ledger.close()
+
+
+async def test_the_newest_adapter_is_mended_where_only_its_size_is_right(tmp_path: Path) -> None:
+    """Whoever reads the old file meanwhile keeps it: the new one takes its place whole."""
+    await run_of(tmp_path, 1)
+    whole, file = versions(tmp_path), folder(tmp_path, 1) / ADAPTER_FILE
+    file.write_bytes(zeros := bytes(file.stat().st_size))
+    ledger = open_ledger(tmp_path)
+    with file.open("rb") as reading:
+        await ledger.open()
+        assert reading.read() == zeros
+
+    assert versions(tmp_path) == whole
+    ledger.close()
+
+
+@pytest.mark.parametrize("spoil", [lambda blob: blob.unlink(), lambda blob: blob.write_bytes(b"rotten")], ids=["lost", "rotten"])
+async def test_an_old_version_whose_blob_is_no_more_stays_as_it_is(tmp_path: Path, spoil: Callable[[Path], Any]) -> None:
+    """It is no reason not to start, and nothing else takes its place."""
+    ledger = await run_of(tmp_path, 2)
+    spoil(tmp_path / "blobs" / ledger.state.adapters[1])
+    os.truncate(folder(tmp_path, 1) / ADAPTER_FILE, 10)
+    torn = versions(tmp_path)
+    again = open_ledger(tmp_path)
+    await again.open()
+
+    assert versions(tmp_path) == torn
+    again.close()
 
 
 async def test_a_run_keeps_its_id(tmp_path: Path) -> None:
@@ -827,7 +983,7 @@ async def test_an_update_too_old_to_be_averaged_is_refused(tmp_path: Path) -> No
 
     assert refused.value.code == "too-stale"
     assert receipt.version == 4
-    assert [waiting.staleness for waiting in ledger.state.buffer] == [1]
+    assert [ledger.state.version - waiting.version for waiting in ledger.state.buffer] == [1]
 
 
 async def test_trouble_with_an_average_is_told_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ devices = st.builds(Device, st.just("x"), trained=st.integers(-1, 9), evaluated=
 
 
 def at(version: int, *devices: Device, buffered: int = 0) -> State:
-    buffer = tuple(Buffered(f"b{i}", 1, 0, 0) for i in range(buffered))
+    buffer = tuple(Buffered(f"b{i}", f"d{i}", 1, 0) for i in range(buffered))
     adapters = tuple(f"a{v}" for v in range(version + 1))
     return State(version, adapters, buffer, Map({f"d{i}": device for i, device in enumerate(devices)}))
 
@@ -152,11 +153,11 @@ def test_a_synchronous_version_is_fedavg(sent: list[tuple[int, dict[str, Array]]
         assert isinstance(event, Accepted)
         state = coordinator.apply(state, event)
     batch = lpfl.averaged(run, state, 0.0)
-    assert [(each.blob, each.staleness) for each in batch] == [(f"b{i}", 0) for i in range(len(sent))]
+    assert [(each.blob, each.version) for each in batch] == [(f"b{i}", 0) for i in range(len(sent))]
 
     start = lpfl.start(run, factories.SPEC)
     found = lpfl.step(
-        run, factories.SPEC, start, [Contribution(d, b.num_examples, b.staleness) for b, (_, d) in zip(batch, sent, strict=True)]
+        run, factories.SPEC, start, [Contribution(d, b.num_examples, 0) for b, (_, d) in zip(batch, sent, strict=True)]
     )
     total = sum(examples for examples, _ in sent)
     for name, array in found.items():
@@ -207,6 +208,39 @@ def test_a_version_made_at_its_deadline_is_of_those_that_answered() -> None:
     assert lpfl.averaged(run, at(4, buffered=4), 600.0) == ()
 
 
+@pytest.mark.parametrize(
+    ("settings", "enough"),
+    [
+        (LpFl(buffer_size=4), 3),
+        (LpFl(buffer_size=4, clip_norm=0.0), 1),
+        (LpFl(buffer_size=2), 2),
+        (LpFl(buffer_size=1), 1),
+        (LpFl(buffer_size=9, rule=Krum()), 5),
+        (LpFl(buffer_size=9, rule=Median(), clip_norm=0.0), 3),
+        (LpFl(buffer_size=4, least=1), 1),
+        (LpFl(buffer_size=9, rule=Krum(), least=7), 7),
+    ],
+)
+def test_a_deadline_waits_for_as_many_as_can_be_compared(settings: LpFl, enough: int) -> None:
+    """Unless told otherwise: three where sizes are held to their median, what the rule needs where that is more."""
+    run = msgspec.structs.replace(settings, deadline_seconds=600.0)
+    full = [n for n in range(10) if lpfl.averaged(run, at(1, buffered=n), 600.0)]
+
+    assert full == list(range(enough, 10))
+
+
+def test_at_a_deadline_one_device_cannot_destroy_the_adapter() -> None:
+    """One update of 1e30 in every number makes no version alone, and beside two honest ones moves no further than they."""
+    run, shapes = LpFl(buffer_size=4, deadline_seconds=10.0), factories.SPEC.shapes()
+    sent = [{name: np.full(shape, size, np.float32) for name, shape in shapes.items()} for size in (1e30, 1e-3, 1e-3)]
+    assert lpfl.averaged(run, at(0, buffered=1), math.inf) == ()
+    batch = lpfl.averaged(run, at(0, buffered=3), math.inf)
+    start = lpfl.start(run, factories.SPEC)
+    new = lpfl.step(run, factories.SPEC, start, [Contribution(d, b.num_examples, 0) for b, d in zip(batch, sent, strict=True)])
+
+    assert max(float(np.abs(new[name] - start[name]).max()) for name in shapes) < 1.1e-3
+
+
 def test_what_would_be_refused_is_not_worth_training_on() -> None:
     """The oldest version of use lies `max_staleness` back; a cohort of secure averaging takes only the newest."""
     secure = LpFl(secure=Secure(threshold=3))
@@ -218,14 +252,14 @@ def test_what_would_be_refused_is_not_worth_training_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"least": 0}, "lpfl.least"),
+        ({"least": -1}, "lpfl.least"),
         ({"least": 5}, "lpfl.least"),
         ({"deadline_seconds": -1.0}, "deadline_seconds"),
         *(({"deadline_seconds": value}, "deadline_seconds") for value in (math.nan, math.inf)),
         ({"lease_seconds": 0.0}, "lease_seconds"),
         ({"lease_seconds": math.inf}, "lease_seconds"),
         ({"concurrency": -1}, "concurrency"),
-        ({"rule": Krum(), "buffer_size": 9, "deadline_seconds": 1.0}, "lpfl.least"),
+        ({"rule": Krum(), "buffer_size": 9, "deadline_seconds": 1.0, "least": 4}, "lpfl.least"),
         ({"secure": Secure(threshold=3), "deadline_seconds": 1.0}, "lpfl.deadline_seconds at 0"),
     ],
 )
@@ -285,7 +319,7 @@ def test_devices_are_told_how_to_send(upload: Any) -> None:
     "smallest",
     [
         *({"versions": 1}, {"buffer_size": 1}, {"max_staleness": 0}, {"evaluate_every": 0}, {"max_examples": 1}),
-        *({"clip_norm": 0.0}, {"clip_norm": 1.0}, {"soft": None}),
+        *({"clip_norm": 0.0}, {"clip_norm": 1.0}, {"least": 0}, {"soft": None}),
     ],
 )
 def test_the_smallest_settings_are_allowed(smallest: dict[str, Any]) -> None:
@@ -293,3 +327,20 @@ def test_the_smallest_settings_are_allowed(smallest: dict[str, Any]) -> None:
     settings = LpFl(**smallest)
 
     assert {name: getattr(settings, name) for name in smallest} == smallest
+
+
+@pytest.mark.parametrize(
+    ("how", "uncut"),
+    [
+        ({"buffer_size": 2}, True),
+        ({"buffer_size": 3}, False),
+        ({"buffer_size": 2, "clip_norm": 0.0}, False),
+        ({"buffer_size": 3, "secure": Secure()}, False),
+        ({"buffer_size": 4, "deadline_seconds": 10.0}, False),
+        ({"buffer_size": 4, "deadline_seconds": 10.0, "least": 2}, True),
+        ({"buffer_size": 4, "least": 2}, False),
+    ],
+)
+def test_it_is_known_whether_a_version_may_go_uncut(how: dict[str, Any], uncut: bool) -> None:
+    """Where fewer than three updates make a version and sizes were to be cut."""
+    assert lpfl.uncut(LpFl(**how)) is uncut

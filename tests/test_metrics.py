@@ -19,7 +19,7 @@ from edge_sdk.cohort import Masked
 from edge_sdk.protocol import Ask
 from edge_server import ledger as ledgers
 from edge_server.app import create_app
-from edge_server.coordinator import Accepted, Answered, Published, State
+from edge_server.coordinator import Accepted, Answered, Dropped, Published, State
 from edge_server.metrics import Metrics
 from tests import server_helpers as helpers
 from tests import test_guard as guarded
@@ -65,6 +65,7 @@ def test_what_is_counted() -> None:
     metrics.committed(Accepted("id", "d1", 3, "blob", 9, 1, {}), 0.004)
     metrics.committed(Answered(Masked("c1", "d1"), "blob", 9, 0.0), 0.004)
     metrics.committed(Published(5, "blob", 2), 0.2)
+    metrics.committed(Dropped(("blob", "other"), "too-stale"), 0.004)
     metrics.made(70.0)
 
     found = samples(metrics.exposition())
@@ -78,9 +79,10 @@ def test_what_is_counted() -> None:
         ("edge_request_seconds_sum", ("/v1/work",)): 0.302,
         ("edge_updates_accepted_total", ()): 2,
         ("edge_updates_refused_total", ("too-stale",)): 1,
+        ("edge_updates_dropped_total", ("too-stale",)): 2,
         ("edge_update_staleness_count", ()): 1,
         ("edge_update_staleness_sum", ()): 2,
-        ("edge_commit_seconds_count", ()): 3,
+        ("edge_commit_seconds_count", ()): 4,
         ("edge_version_seconds_sum", ()): 70,
         ("edge_version", ()): 5,
         ("edge_buffered_updates", ()): 0,

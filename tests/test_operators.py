@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 
 from edge_sdk import wire
 from edge_sdk.adapters import read_peft
-from edge_sdk.errors import DataError, Refused
+from edge_sdk.errors import DataError, Refused, SettingsError
 from edge_sdk.transport import Api, HttpTransport
 from edge_server import cli, logs, storage
 from edge_server import settings as run_settings
+from edge_server.failpoints import nothing
 from tests import server_helpers as helpers
 from tests.server_helpers import SPEC, settings, upload
 from tests.test_server_process import Site, says, work_once
@@ -222,6 +224,11 @@ async def test_an_export_takes_nobodys_place(made: Path, tmp_path: Path, capsys:
         (lambda data: (data / "run.json").unlink(), "1", "is not the data folder of a server"),
         (lambda data: (data / "versions/0001/adapter_model.safetensors").write_bytes(b"torn"), "1", "being made or damaged"),
         (lambda data: (data / "versions/0001/adapter_model.safetensors").unlink(), "1", "being made or damaged"),
+        (lambda data: (data / "versions/0001/adapter_config.json").write_bytes(b""), "1", "being made or damaged"),
+        (lambda data: (data / "versions/0001/adapter_config.json").unlink(), "1", "being made or damaged"),
+        (lambda data: (data / "run.json").write_bytes(b"{"), "1", "run.json is damaged"),
+        (lambda data: (data / "run.json").write_bytes(b"[]"), "1", "run.json is damaged"),
+        (lambda data: (data / "run.json").write_bytes(b'{"manifest": 3}'), "1", "run.json is damaged"),
     ],
 )
 async def test_what_cannot_be_exported_is_said(
@@ -232,6 +239,25 @@ async def test_what_cannot_be_exported_is_said(
 
     assert said in refusal(capsys, "export", str(made), version, str(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["data"]
+
+
+NO_TOKENS = [
+    b"\xff\xfeno UTF-8 at all",
+    "as Windows has it".encode("utf-16"),
+    b"first line\nand a second one",
+    b"with a \0 in it all",
+]
+
+
+@pytest.mark.parametrize("body", NO_TOKENS)
+def test_an_admin_token_that_is_no_text_is_said(tmp_path: Path, capsys: Capture, body: bytes) -> None:
+    """By the verbs that call a server, and by the server when it starts: which file, and what to do."""
+    path = tmp_path / "admin.token"
+    path.write_bytes(body)
+
+    assert f"{path} holds no admin token" in refusal(capsys, "status", "http://127.0.0.1:1", "--admin-token-file", str(path))
+    with pytest.raises(SettingsError, match=r"holds no admin token, .* or delete it"):
+        cli._guard(argparse.Namespace(host="127.0.0.1", require_tokens=True, data=tmp_path, admin_token_file=path), nothing)
 
 
 # Settings from file, environment and flags ----------------------------------------------------------------------------
@@ -289,7 +315,14 @@ def test_a_server_needs_no_flags(site: Site, monkeypatch: pytest.MonkeyPatch, ca
     ("name", "value", "said"),
     [
         ("PROT", "1", "there is no setting EDGE_SERVER_PROT; those are EDGE_SERVER_ADMIN_TOKEN_FILE, EDGE_SERVER_BUNDLE"),
-        ("PORT", "tcp://10.0.0.1:8440", "EDGE_SERVER_PORT cannot be used as --port"),
+        ("PORT", "84400x", "EDGE_SERVER_PORT cannot be used as --port; mend it, or unset it"),
+        ("PORT", "tcp://10.0.0.1:8440", "EDGE_SERVER_PORT cannot be used as --port; it looks like one that Kubernetes sets"),
+        ("SERVICE_HOST", "10.0.0.1", "set enableServiceLinks: false"),
+        ("SERVICE_PORT", "8440", "set enableServiceLinks: false"),
+        ("SERVICE_PORT_HTTPS", "8440", "set enableServiceLinks: false"),
+        ("PORT_8440_TCP", "tcp://10.0.0.1:8440", "set enableServiceLinks: false"),
+        ("PORT_8440_TCP_ADDR", "10.0.0.1", "set enableServiceLinks: false"),
+        ("METRICS_SERVICE_HOST", "10.0.0.1", "set enableServiceLinks: false"),
         ("LOG", "xml", "EDGE_SERVER_LOG is one of text, json"),
         ("PLAIN_HTTP", "maybe", "EDGE_SERVER_PLAIN_HTTP is one of 1, true, yes, 0, false, no"),
     ],

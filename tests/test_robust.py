@@ -95,6 +95,44 @@ def test_two_updates_are_left_alone() -> None:
     assert robust.bounded(buffer, 1.0) == buffer
 
 
+def test_a_claim_is_held_to_the_median() -> None:
+    """Of 3, 8, 10 and ten million examples the median is 9: more count as 9, fewer as they are."""
+    buffer = [row(1.0, examples=n, staleness=n % 4) for n in (10_000_000, 8, 3, 10)]
+    held = robust.bounded(buffer, 1.25)
+
+    assert [(c.num_examples, c.staleness) for c in held] == [(9, 0), (8, 0), (3, 3), (9, 2)]
+    assert held[1] is buffer[1]
+
+
+def test_among_three_nobody_weighs_more_than_the_second() -> None:
+    """The exact mean: a claim of ten million beside 4 and 2 counts as 4; of two updates it counts as it is."""
+    buffer = [row(1.0, examples=10_000_000), row(-1.0, examples=4), row(1.0, examples=2)]
+    new = lpfl.step(LpFl(), SPEC, {"w": np.zeros(1, np.float32)}, buffer)
+
+    assert float(new["w"][0]) == float(np.float32((4 - 4 + 2) / 10))
+    assert robust.bounded(buffer[:2], 1.25) == buffer[:2]
+
+
+@given(st.lists(st.integers(1, 10_000_000), min_size=3, max_size=9))
+def test_no_claim_buys_more_than_two_nths_of_the_weight(claims: list[int]) -> None:
+    """Half of the updates weigh the same, whatever n devices claim; equal claims stay as they are."""
+    held = [c.num_examples for c in robust.bounded([row(1.0, examples=n) for n in claims], 1.25)]
+
+    assert 2 * sum(held) >= len(held) * max(held)
+    assert all(0 < new <= old for new, old in zip(held, claims, strict=True))
+    assert min(claims) < max(claims) or held == claims
+
+
+@pytest.mark.parametrize("rule", [NormBounded(), NormBounded(norm=100.0)])
+@pytest.mark.parametrize("clip", [0.0, 1.25])
+def test_norm_bounded_counts_each_update_once(rule: Rule, clip: float) -> None:
+    """Whatever it claims; what is three versions old counts half: (1 + 1 - 1 / 2) / 2.5."""
+    buffer = [row(1.0, examples=3), row(1.0, examples=5000), row(-1.0, examples=10_000_000, staleness=3)]
+    new = lpfl.step(LpFl(rule=rule, clip_norm=clip), SPEC, {"w": np.zeros(1, np.float32)}, buffer)
+
+    assert float(new["w"][0]) == float(np.float32(0.6))
+
+
 def test_a_device_that_trained_less_is_measured_by_the_same_rule() -> None:
     """Sizes are per number: one layer moved as far as others move two is not cut, and is held to the same size."""
     base = random(1)
@@ -313,9 +351,9 @@ def test_unclipped_the_same_attack_decides_the_version() -> None:
 
 @pytest.mark.parametrize("average", ["factors", "products"])
 def test_honest_updates_are_averaged_as_ever(average: Any) -> None:
-    """By default a buffer in which no size is out of the ordinary makes the very bytes it made without the check."""
+    """By default a buffer in which no size or claim is out of the ordinary makes the very bytes it made without the check."""
     settings = LpFl(average=average)
-    buffer = [replace(c, num_examples=n, staleness=n % 3) for c, n in zip(HONEST, (3, 16, 8, 1), strict=True)]
+    buffer = [replace(c, num_examples=n, staleness=n % 3) for c, n in zip(HONEST, (3, 16, 16, 16), strict=True)]
 
     assert strategies.same(lpfl.step(settings, SPEC, BASE, buffer), mean(settings, buffer))
 

@@ -9,6 +9,7 @@ import hashlib
 import shutil
 import sqlite3
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -21,12 +22,13 @@ import numpy as np
 import pytest
 
 from edge_sdk import masking, wire
-from edge_sdk.adapters import AdapterSpec, Array, Arrays, read_peft
+from edge_sdk.adapters import AdapterSpec, Array, Arrays, Slot, read_peft
 from edge_sdk.cohort import Advertise, Answer, Join, Mask, Masked, Request, Reveal, SealShares, Shares, Terms, Unmask
 from edge_sdk.errors import WireError
 from edge_sdk.masking import Member, Ring
 from edge_sdk.protocol import Evaluate, Evaluation, Finished, Receipt, Train, Trained, Update, Wait, Work
-from edge_server import coordinator
+from edge_server import cohorts, coordinator
+from edge_server import settings as run_settings
 from edge_server.aggregation import Contribution
 from edge_server.cohorts import Secure
 from edge_server.coordinator import Answered, Event, Kept, Lost, Opened, Published, State, Ticked
@@ -394,6 +396,24 @@ async def test_a_masked_vector_of_another_length_is_refused(tmp_path: Path) -> N
 
         assert helpers.blobs(tmp_path) == before
         await tell(home.ledger, Masked(home.cohort.terms.cohort, "d1"), np.zeros(41, np.uint32))
+
+
+async def test_few_masked_vectors_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Of sixteen that come at once, each of 4 MB, the others wait on disk."""
+    told = run_settings.manifest(settings(), factories.bundle())
+    wide = msgspec.structs.replace(told, adapter=AdapterSpec((Slot("layer.0.query", 1, 999_999),), rank=1, alpha=1.0))
+    ledger = Ledger(settings(), wide, tmp_path, lambda _: None)
+    paths = [ledger.blobs.incoming() for _ in range(16)]
+    for i, path in enumerate(paths):
+        path.write_bytes(wire.pack_masked(Masked("c", f"d{i}"), np.zeros(cohorts.length(wide.adapter) + 1, np.uint32)))
+    tracemalloc.start()
+    refused = await asyncio.gather(*(ledger.take_masked(path, "0" * 64) for path in paths), return_exceptions=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    ledger.close()
+
+    assert [str(error).split(":")[0] for error in refused] == ["unknown-device"] * 16
+    assert peak < 8 * paths[0].stat().st_size
 
 
 async def test_without_a_cohort_nothing_is_taken(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ from edge_server import ledger as ledgers
 from edge_server.app import create_app
 from edge_server.cohorts import Secure
 from edge_server.compute import JobFailed
+from edge_server.handlers import MAX_CALL
 from edge_server.unmasking import Cohort
 from tests import factories
 from tests import server_helpers as helpers
@@ -322,14 +323,14 @@ REFUSED_JSON = [
     pytest.param("/v1/enroll", b"{", "bad-message", 400, id="broken JSON"),
     pytest.param("/v1/enroll", b"\xff\xfe", "bad-message", 400, id="not UTF-8"),
     pytest.param("/v1/enroll", b"[]", "bad-message", 400, id="a list"),
-    pytest.param("/v1/enroll", b"[" * 100_000, "bad-message", 400, id="too deep"),
+    pytest.param("/v1/enroll", b"[" * MAX_CALL, "bad-message", 400, id="too deep"),
     pytest.param("/v1/enroll", b'{"protocol":1,"device":"d9","name":"x","admin":true}', "bad-message", 400, id="unknown field"),
     pytest.param("/v1/enroll", b'{"protocol":1,"device":"d9"}', "bad-message", 400, id="missing field"),
     pytest.param("/v1/enroll", b'{"protocol":"1","device":"d9","name":"x"}', "bad-message", 400, id="wrong type"),
     pytest.param("/v1/enroll", encode(Enroll(1, "d9", "x")), "wrong-protocol", 400, id="another protocol"),
     pytest.param("/v1/enroll", encode(Enroll(PROTOCOL, "../../d9", "x")), "bad-device", 400, id="a path as id"),
     pytest.param("/v1/enroll", encode(Enroll(PROTOCOL, "d9", "\x1b[2J")), "bad-device", 400, id="a name of control characters"),
-    pytest.param("/v1/enroll", b" " * (MAX_JSON + 1), "too-large", 413, id="a message too long"),
+    pytest.param("/v1/enroll", b" " * (MAX_CALL + 1), "too-large", 413, id="a message too long"),
     pytest.param("/v1/work", encode(Ask("stranger", True)), "unknown-device", 403, id="work for a stranger"),
     pytest.param("/v1/work", b'{"device":"d2"}', "bad-message", 400, id="ask without can_train"),
     pytest.param("/v1/results", changed(EVALUATION, device="stranger"), "unknown-device", 403, id="numbers of a stranger"),
@@ -506,7 +507,7 @@ async def test_a_body_that_is_not_compressed_as_it_says_is_refused(at_3: Running
 
 async def test_a_long_lie_gets_a_short_answer(at_3: Running) -> None:
     """A refusal quotes no more than a few words of what it refuses: answers stay below the client's limit."""
-    answer = await post(at_3, "/v1/work", b'{"' + b"a" * 900_000 + b'":1}')
+    answer = await post(at_3, "/v1/results", b'{"' + b"a" * 60_000 + b'":1}')
 
     assert (await problem(answer)).code == "bad-message"
     assert len(await answer.read()) < 2000

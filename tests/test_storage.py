@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def test_only_a_sha256_in_lower_case_names_a_blob(tmp_path: Path, name: str) -> 
     (tmp_path / "blobs" / SHA256.upper()).write_bytes(BODY)
 
     assert blobs.path(name) is None
+
+
+def test_the_folder_of_blobs_is_on_disk_before_a_blob_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that had to be made above it, and at every start, since the one before may have been killed in between."""
+    synced = list[str]()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    Blobs(tmp_path / "a" / "data" / "blobs")
+
+    assert set(synced) == {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "data")}
+    synced.clear()
+    Blobs(tmp_path / "a" / "data" / "blobs")
+    assert synced == [str(tmp_path / "a" / "data")]
 
 
 def test_a_folder_is_no_blob(tmp_path: Path) -> None:

@@ -7,18 +7,23 @@ hash is kept.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import secrets
 import sqlite3
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk import files
 from edge_sdk.errors import DataError, SettingsError, WireError
+from edge_server.failpoints import Reached, nothing
 
 NAME = "admission.sqlite"
+PATIENCE = 5.0  # seconds that a change waits for another process
+READ_PATIENCE = 0.1  # and a reader, which waits only for one that starts or ends; all of a server's requests wait with it
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tokens (
     id TEXT PRIMARY KEY, sha256 TEXT NOT NULL, label TEXT NOT NULL, minted REAL NOT NULL, expires REAL NOT NULL,
@@ -55,30 +60,46 @@ def check(token: Token | None, secret: str, now: float) -> None:
         raise WireError("bad-token", f"this token is {state}; ask the server's operator for another", 403)
 
 
-class Admission:
-    """Opens or makes the file in the data folder; safe to use from several threads and processes."""
+def in_use(data: Path) -> bool:
+    """Whether a token was ever minted for this data folder, or a device admitted; makes no file. Raises: as `Admission`."""
+    if not (data / NAME).exists():
+        return False
+    with contextlib.closing(Admission(data)) as found:
+        return bool(found.tokens() or found.devices())
 
-    def __init__(self, data: Path) -> None:
+
+class Admission:
+    """Opens or makes the file in the data folder; safe to use from several threads and processes.
+
+    Readers have a connection of their own: they do not wait for a change, whoever makes it and however long it takes.
+
+    Raises:
+        DataError: the file cannot be used; by every method.
+        WireError: `busy`: another process has locked it; by every method.
+    """
+
+    def __init__(self, data: Path, reached: Reached = nothing) -> None:
         data.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        try:
-            self._db = sqlite3.connect(data / NAME, check_same_thread=False, isolation_level=None, timeout=30)
+        self._path, self._reached = data / NAME, reached
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        with self._told():
+            self._db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None, timeout=PATIENCE)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            raise DataError(f"{data / NAME} cannot be used ({error}); restore it from a backup") from error
+            self._view = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None, timeout=READ_PATIENCE)
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._reading:
+            self._view.close()
             self._db.close()
 
     def mint(self, label: str, expires: float, now: float) -> tuple[Token, str]:
         """A token, and the text that is given to one device and kept nowhere."""
         id, secret = secrets.token_hex(4), secrets.token_hex(16)
         token = Token(id, _sha256(secret), label, now, expires)
-        with self._lock:
-            self._db.execute(
+        with self._changing() as db:
+            db.execute(
                 "INSERT INTO tokens (id, sha256, label, minted, expires) VALUES (?, ?, ?, ?, ?)",
                 (token.id, token.sha256, token.label, token.minted, token.expires),
             )
@@ -86,31 +107,35 @@ class Admission:
 
     def tokens(self) -> list[Token]:
         """All of them, oldest first."""
-        with self._lock:
-            rows = self._db.execute("SELECT * FROM tokens ORDER BY minted, id").fetchall()
-        return [_token(row) for row in rows]
+        with self._looking() as db:
+            return [_token(row) for row in db.execute("SELECT * FROM tokens ORDER BY minted, id")]
 
     def devices(self) -> dict[str, bool]:
         """Every device that was admitted, and whether it is shut out now."""
-        with self._lock:
-            return {str(id): bool(revoked) for id, revoked in self._db.execute("SELECT id, revoked FROM devices ORDER BY rowid")}
+        with self._looking() as db:
+            return {str(id): bool(revoked) for id, revoked in db.execute("SELECT id, revoked FROM devices ORDER BY rowid")}
 
     def revoke_token(self, id: str) -> Token:
         """A token that is not used admits nobody any more. Raises: SettingsError: there is no such token."""
-        with self._lock, files.transaction(self._db):
-            if (token := self._find(id)) is None:
+        with self._changing() as db:
+            if (token := _find(db, id)) is None:
                 raise SettingsError(f"there is no token {id!r}; `edge-server token list` shows them all")
-            self._db.execute("UPDATE tokens SET revoked = 1 WHERE id = ?", (id,))
+            db.execute("UPDATE tokens SET revoked = 1 WHERE id = ?", (id,))
         return token
 
     def revoke_device(self, id: str) -> str:
         """Shuts a device out, and returns its id. Raises: SettingsError: no device's id begins so, or several do."""
-        with self._lock, files.transaction(self._db):
-            found = [row[0] for row in self._db.execute("SELECT id FROM devices") if id and str(row[0]).startswith(id)]
+        with self._changing() as db:
+            found = [row[0] for row in db.execute("SELECT id FROM devices") if id and str(row[0]).startswith(id)]
             if len(found) != 1:
                 raise SettingsError(f"{len(found)} devices have an id that begins with {id!r}; see `edge-server device list`")
-            self._db.execute("UPDATE devices SET revoked = 1 WHERE id = ?", (found[0],))
+            db.execute("UPDATE devices SET revoked = 1 WHERE id = ?", (found[0],))
         return str(found[0])
+
+    def is_in(self, device: str, token: str, now: float) -> bool:
+        """Whether `admit` would change nothing; waits for nobody. Raises: WireError: what `admit` refuses."""
+        with self._looking() as db:
+            return _is_in(db, device, token, now)
 
     def admit(self, device: str, token: str, now: float) -> None:
         """Lets a device in that is in already, or brings a token, which is used up by it.
@@ -118,37 +143,64 @@ class Admission:
         Raises:
             WireError: `revoked`; `token-needed`: it is not in and brings none; `bad-token`.
         """
-        with self._lock, files.transaction(self._db):
-            if (revoked := self._revoked(device)) is not None:
-                return _let_in(revoked)
-            if not token:
-                raise WireError("token-needed", "this server admits a device once, by a token; ask its operator for one", 403)
-            id, _, secret = token.partition("-")
-            check(self._find(id), secret, now)
-            self._db.execute("UPDATE tokens SET device = ? WHERE id = ?", (device, id))
-            self._db.execute("INSERT INTO devices (id, token) VALUES (?, ?)", (device, id))
-        return None
+        with self._changing() as db:
+            if not _is_in(db, device, token, now):
+                id = token.partition("-")[0]
+                db.execute("UPDATE tokens SET device = ? WHERE id = ?", (device, id))
+                db.execute("INSERT INTO devices (id, token) VALUES (?, ?)", (device, id))
 
     def known(self, device: str) -> None:
         """Raises: WireError: `unknown-device`: it has not been admitted; `revoked`: it is shut out."""
-        with self._lock:
-            revoked = self._revoked(device)
-        if revoked is None:
-            raise WireError("unknown-device", "enroll this device first", 403)
-        _let_in(revoked)
+        with self._looking() as db:
+            if not _is_known(db, device):
+                raise WireError("unknown-device", "enroll this device first", 403)
 
-    def _revoked(self, device: str) -> bool | None:
-        row = self._db.execute("SELECT revoked FROM devices WHERE id = ?", (device,)).fetchone()
-        return None if row is None else bool(row[0])
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        with self._told(), self._lock, files.transaction(self._db):
+            yield self._db
+            self._reached("admission-written")
+        self._reached("admission-committed")
 
-    def _find(self, id: str) -> Token | None:
-        row = self._db.execute("SELECT * FROM tokens WHERE id = ?", (id,)).fetchone()
-        return None if row is None else _token(row)
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[sqlite3.Connection]:
+        with self._told(), self._reading:
+            yield self._view
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What SQLite says, as an error that says what to do."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                said = f"another program has locked {NAME}; try again, and if it stays so, the operator must end what holds it"
+                raise WireError("busy", said, 503, PATIENCE) from error
+            raise DataError(f"{self._path} cannot be used ({error}); see to its disk, or restore it from a backup") from error
 
 
-def _let_in(revoked: bool) -> None:
-    if revoked:
+def _is_in(db: sqlite3.Connection, device: str, token: str, now: float) -> bool:
+    """Whether a device is in; where it is not, its token is open. Raises: WireError: as `Admission.admit`."""
+    if _is_known(db, device):
+        return True
+    if not token:
+        raise WireError("token-needed", "this server admits a device once, by a token; ask its operator for one", 403)
+    id, _, secret = token.partition("-")
+    check(_find(db, id), secret, now)
+    return False
+
+
+def _is_known(db: sqlite3.Connection, device: str) -> bool:
+    """Raises: WireError: `revoked`."""
+    row = db.execute("SELECT revoked FROM devices WHERE id = ?", (device,)).fetchone()
+    if row is not None and row[0]:
         raise WireError("revoked", "the operator has shut this device out", 403)
+    return row is not None
+
+
+def _find(db: sqlite3.Connection, id: str) -> Token | None:
+    row = db.execute("SELECT * FROM tokens WHERE id = ?", (id,)).fetchone()
+    return None if row is None else _token(row)
 
 
 def _token(row: tuple[str, str, str, float, float, str, int]) -> Token:

@@ -26,7 +26,7 @@ class Contribution:
     Args:
         delta: trained - base, of the part that was trained.
         num_examples: how many examples it rests on.
-        staleness: how many versions old its base was when it arrived.
+        staleness: how many versions old its base is.
         base: the whole adapter it started from; `products` needs it.
     """
 

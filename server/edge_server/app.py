@@ -26,7 +26,7 @@ def create_app(ledger: Ledger, guard: Guard | None = None, intake: Intake | None
     app = web.Application(middlewares=[problems], client_max_size=ledger.body_limit)
     app[LEDGER], app[INTAKE] = ledger, intake or Intake(max(LIMIT, ledger.body_limit))
     if guard is not None:
-        app[GUARD] = guard
+        app[GUARD], ledger.revoked = guard, guard.revoked
         app.middlewares.append(guard.middleware)
         app.on_response_prepare.append(guard.tell_time)
     app.add_routes([*routes, *openapi.routes])

@@ -32,6 +32,7 @@ from edge_server.intake import LIMIT, Intake
 from edge_server.knowledge.filters import Embed
 from edge_server.llm.jobs import Slm
 from edge_server.settings import SYSTEMS
+from edge_server.systems import lpfl
 
 if TYPE_CHECKING:
     from edge_server.guard import Guard
@@ -171,7 +172,7 @@ async def _serve(args: argparse.Namespace) -> None:
     for each, bundle in found.items():
         for name, file in bundle.files.items():
             ledger.blobs.adopt(each / name, file.sha256)
-    guard = _guard(args)
+    guard = _guard(args, reached)
     app = create_app(ledger, guard, _intake(args.max_in_flight_mb, max(ledger.body_limit, ledger.judgment_limit)))
     runner = _runner(app)
     await runner.setup()
@@ -186,6 +187,8 @@ async def _serve(args: argparse.Namespace) -> None:
         _say(f"listening on {'http' if tls is None else 'https'}://{at}, {settings.system} at version {ledger.state.version}")
         if guard is not None:
             _say(f"devices need a token: edge-server token mint --data {args.data}")
+        if settings.averaged is not None and lpfl.uncut(settings.averaged):
+            _say("versions may be made of fewer than 3 updates, of which none is cut: one device can then destroy the adapter")
         ends = [asyncio.create_task(event.wait()) for event in (stop, ledger.lost)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -225,20 +228,21 @@ def _intake(megabytes: float, largest: int) -> Intake:
     return Intake(int(megabytes * 1e6))
 
 
-def _guard(args: argparse.Namespace) -> Guard | None:
+def _guard(args: argparse.Namespace, reached: failpoints.Reached) -> Guard | None:
     """Who may call what; None where only this machine can, and no token was ever minted."""
-    from edge_server.admission import NAME, Admission
+    from edge_server.admission import Admission, in_use
     from edge_server.gate import Gate
     from edge_server.guard import Guard
 
-    if _is_local(args.host) and not args.require_tokens and not (args.data / NAME).exists():
+    if _is_local(args.host) and not args.require_tokens and not in_use(args.data):
         return None
     path = args.admin_token_file or args.data / ADMIN_TOKEN
-    admin = files.secret(path, lambda: secrets.token_hex(16).encode()).decode().strip()
+    admin = console.admin_token(path, files.secret(path, lambda: secrets.token_hex(16).encode()))
     if len(admin) < 16:
         raise SettingsError(f"the admin token in {path} has fewer than 16 characters; delete it, and the server makes another")
+    reached("admin-written")
     start = time.time() - time.monotonic()  # a clock that never goes back: what is forgotten stays refused
-    return Guard(Admission(args.data), Gate(secrets.token_hex(8)), admin, lambda: start + time.monotonic())
+    return Guard(Admission(args.data, reached), Gate(secrets.token_hex(8)), admin, lambda: start + time.monotonic())
 
 
 def _labelled(path: Path, task: Task, setting: str) -> tuple[Example, ...]:

@@ -15,15 +15,15 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import msgspec
 
+from edge_sdk.adapters import ADAPTER_FILE, CONFIG_FILE, peft_config
 from edge_sdk.errors import SettingsError
-from edge_sdk.protocol import Measurement, Status
+from edge_sdk.protocol import Manifest, Measurement, Status
 from edge_sdk.transport import Api, HttpTransport
 from edge_sdk.wire import encode
 from edge_server import environment
 from edge_server import settings as run_settings
 
 ADMIN_TOKEN = "admin.token"  # noqa: S105  # the file's name
-ADAPTER = "adapter_model.safetensors"
 VERBS = ("status", "devices", "versions", "export")
 
 
@@ -50,9 +50,20 @@ def access(parser: argparse.ArgumentParser) -> None:
 
 
 def transport(args: argparse.Namespace) -> HttpTransport:
-    """The operator's way to a server."""
+    """The operator's way to a server. Raises: SettingsError: the admin token is none."""
     path: Path | None = args.admin_token_file
-    return HttpTransport(args.server, ca=args.ca, bearer="" if path is None else path.read_text().strip())
+    return HttpTransport(args.server, ca=args.ca, bearer="" if path is None else admin_token(path, path.read_bytes()))
+
+
+def admin_token(path: Path, body: bytes) -> str:
+    """What the file holds. Raises: SettingsError: it is not one line of text."""
+    token = body.decode(errors="replace").strip()
+    if not token.isprintable() or "\N{REPLACEMENT CHARACTER}" in token:
+        raise SettingsError(
+            f"{path} holds no admin token, which is one line of text; name another file, or delete it where the server"
+            " runs, which makes one when it starts"
+        )
+    return token
 
 
 def run(args: argparse.Namespace) -> None:
@@ -104,7 +115,7 @@ def _folders(data: Path) -> Iterator[dict[str, Any]]:
     """The versions of a data folder. Raises: SettingsError: it is none."""
     updates = _updates(data)
     for number, folder in sorted(_versions(data).items()):
-        adapter = folder / ADAPTER
+        adapter = folder / ADAPTER_FILE
         if not adapter.is_file():  # is being made, or a crash tore it
             continue
         row: dict[str, Any] = {"version": number, "adapter": _sha256(adapter), "made": _date(adapter.stat().st_mtime)}
@@ -135,13 +146,30 @@ def _export(data: Path, version: int, out: Path) -> None:
         raise SettingsError(f"{data} has no folder of version {version}; there is {there}")
     if out.exists() or out.is_symlink():
         raise SettingsError(f"{out} is there already; name a folder that is not")
-    aside = out.with_name(out.name + ".part")
+    config, aside = _config(data), out.with_name(out.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(folders[version], aside)
-    if not (aside / ADAPTER).is_file() or not (data / "blobs" / _sha256(aside / ADAPTER)).is_file():
+    try:
+        is_whole = (aside / CONFIG_FILE).read_bytes() == config and (data / "blobs" / _sha256(aside / ADAPTER_FILE)).is_file()
+    except FileNotFoundError:
+        is_whole = False
+    if not is_whole:
         shutil.rmtree(aside)
-        raise SettingsError(f"version {version} is being made or damaged; the server mends the newest when it starts")
+        raise SettingsError(
+            f"version {version} is being made or damaged; if it stays so, delete {folders[version]}, and the server makes it"
+            " again when it starts"
+        )
     aside.rename(out)
+
+
+def _config(data: Path) -> bytes:
+    """What the folder of each version has beside its adapter. Raises: SettingsError: `run.json` is damaged."""
+    try:
+        run = msgspec.json.decode((data / "run.json").read_bytes(), type=dict[str, msgspec.Raw])
+        manifest = msgspec.json.decode(run["manifest"], type=Manifest)
+    except (msgspec.DecodeError, KeyError) as error:
+        raise SettingsError(f"{data / 'run.json'} is damaged ({error}); restore it from a backup") from error
+    return peft_config(manifest.adapter, manifest.bundle.base)
 
 
 def _sha256(path: Path) -> str:

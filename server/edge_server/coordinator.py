@@ -5,16 +5,16 @@ Rules kept here and nowhere else:
 1. An event is on disk before it is applied, and applied before it is answered; replaying the events gives the same state.
 2. An update is named by its device, base version and bytes; sending it again gets the first receipt and changes nothing.
 3. A device contributes at most one update per base version.
-4. An update whose base is older than `max_staleness` versions is refused.
-5. The next version is made from the `buffer_size` oldest updates of the buffer, or, where these have waited too long, from the
-   `least` or more that are there; and from nothing else.
+4. An update whose base is older than `max_staleness` versions is refused; one that has become so while it waited is dropped.
+5. The next version is made from the oldest update of each of the `buffer_size` devices that have waited longest, or, where these
+   have waited too long, of the `least` or more that are there; and from nothing else. So no device counts twice in a version.
 
 `ledger.py` does the disk, `runs.py` says which system it is, and `systems/` what a device should do and how a version is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -66,13 +66,24 @@ class Evaluated(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ev
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="published"):
-    """Version `version` is the blob `adapter`, made from the `folded` oldest updates of the buffer; the LLM that learned beside
-    it has the adapter blob `llm`, "" where there is none."""
+    """Version `version` is the blob `adapter`, made from the first `folded` updates whose `turn` it was; the LLM that learned
+    beside it has the adapter blob `llm`, "" where there is none. `at`: when that was, 0 where it was made from no update."""
 
     version: int
     adapter: str
     folded: int
     llm: str = ""
+    at: float = 0.0
+
+
+class Dropped(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dropped"):
+    """Updates that waited, by their blobs, will not count: they would be refused by now, with this code.
+
+    That is `too-stale`, since newer versions were made meanwhile, or `revoked`.
+    """
+
+    blobs: tuple[str, ...]
+    code: str
 
 
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="kept"):
@@ -170,7 +181,7 @@ class Lost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="lost"):
     reason: str
 
 
-Averaging = Enrolled | Accepted | Evaluated | Published | Kept
+Averaging = Enrolled | Accepted | Evaluated | Published | Dropped | Kept
 Writing = Written | Judged | Decided | Tuned | Withdrawn
 Masking = Opened | Answered | Ticked | Lost
 Event = Averaging | Writing | Masking
@@ -178,11 +189,11 @@ Event = Averaging | Writing | Masking
 
 @dataclass(frozen=True)
 class Buffered:
-    """An accepted update of base version `version` that waits for the next one; staleness as it was on arrival."""
+    """An accepted update of base version `version` that waits for its turn, since `at`."""
 
     blob: str
+    device: str
     num_examples: int
-    staleness: int
     version: int
     at: float = 0.0
 
@@ -290,19 +301,29 @@ def _after_averaging(state: State, event: Averaging) -> State:
         case Kept():
             sender = state.devices[event.device]
             return _heard(state, "kept", event, replace(sender, trained=max(sender.trained, event.version)))
-        case Published(version, adapter, folded, llm):
+        case Published(version, adapter, folded, llm, at):
             tuned = (*state.tuned, llm) if llm else state.tuned
             state = replace(_with_cohort(state, None), version=version, adapters=(*state.adapters, adapter), tuned=tuned)
-            return replace(state, buffer=state.buffer[folded:])
+            return replace(state, buffer=_after_turn(state.buffer, folded, at))
+        case Dropped(blobs):
+            return replace(state, buffer=tuple(waiting for waiting in state.buffer if waiting.blob not in blobs))
 
 
 def _after_update(state: State, event: Accepted) -> State:
     sender = state.devices[event.device]
     trained, uploaded = max(sender.trained, event.version), sender.uploaded_bytes + event.size
     sender = replace(sender, trained=trained, updates=sender.updates + 1, uploaded_bytes=uploaded)
-    waiting = Buffered(event.blob, event.num_examples, state.version - event.version, event.version, event.at)
+    waiting = Buffered(event.blob, event.device, event.num_examples, event.version, event.at)
     state = replace(_heard(state, "update", event, sender), buffer=(*state.buffer, waiting))
     return _with_blob(state, event.device, event.blob)
+
+
+def _after_turn(buffer: tuple[Buffered, ...], folded: int, at: float) -> tuple[Buffered, ...]:
+    """What waits on. A device that had its turn waits anew, lest its next update makes a late version of its own at once."""
+    done = {waiting.blob: waiting.device for waiting in turn(buffer)[:folded]}
+    devices = set(done.values())
+    rest = (waiting for waiting in buffer if waiting.blob not in done)
+    return tuple(replace(waiting, at=max(waiting.at, at)) if waiting.device in devices else waiting for waiting in rest)
 
 
 def _after_writing(state: State, event: Writing) -> State:
@@ -476,17 +497,45 @@ def sheet_of(state: State, number: int) -> Sheet:
     return state.sheets[number]
 
 
+def turn(buffer: tuple[Buffered, ...]) -> tuple[Buffered, ...]:
+    """The oldest update of each device, in the order they came: a device's next one waits until this has become a version."""
+    first: dict[str, Buffered] = {}
+    for waiting in buffer:
+        first.setdefault(waiting.device, waiting)
+    return tuple(first.values())
+
+
 def due(state: State, buffer_size: int, least: int, deadline_seconds: float, now: float) -> tuple[Buffered, ...]:
-    """The updates the next version is made from; empty while others are waited for.
+    """The updates the next version is made from, of as many devices; empty while others are waited for.
 
     Args:
         buffer_size: how many are waited for.
-        least: how many are enough once the oldest has waited for `deadline_seconds`; 0 seconds for waiting without end.
+        least: how many are enough once one has waited for `deadline_seconds`; 0 seconds for waiting without end.
         now: on the clock of `Buffered.at`.
     """
-    waiting = state.buffer[:buffer_size]
-    late = bool(waiting) and 0 < deadline_seconds <= now - waiting[0].at
+    waiting = turn(state.buffer)[:buffer_size]
+    late = bool(waiting) and 0 < deadline_seconds <= now - since(waiting)
     return waiting if len(waiting) >= (least if late else buffer_size) else ()
+
+
+def since(batch: Collection[Buffered]) -> float:
+    """When the first of them began to wait."""
+    return min(waiting.at for waiting in batch)
+
+
+def outdated(state: State, max_staleness: int) -> Dropped | None:
+    """The event that drops what has waited through too many versions; None where nothing has."""
+    return _dropped((b for b in state.buffer if state.version - b.version > max_staleness), "too-stale")
+
+
+def shut_out(batch: Collection[Buffered], revoked: Collection[str]) -> Dropped | None:
+    """The event that drops the updates of revoked devices; None where there are none."""
+    return _dropped((waiting for waiting in batch if waiting.device in revoked), "revoked")
+
+
+def _dropped(gone: Iterable[Buffered], code: str) -> Dropped | None:
+    blobs = tuple(waiting.blob for waiting in gone)
+    return Dropped(blobs, code) if blobs else None
 
 
 def status(state: State, system: str, finished: bool) -> Status:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.errors import SettingsError
-from edge_server.admission import Admission
+from edge_server.admission import NAME, Admission
 
 UNITS = {"m": 60, "h": 3600, "d": 86400}
 LONGEST = 366 * 86400
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
             raise SettingsError("--label is at most 64 printable characters")
     elif not args.data.is_dir():
         raise SettingsError(f"there is no data folder {args.data}")
+    elif not (args.data / NAME).exists():  # else one would be made
+        raise SettingsError(f"{args.data} has no {NAME}: no token was ever minted for it; `edge-server token mint` makes one")
     admission = Admission(args.data)
     try:
         match args.verb, args.do:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from edge_sdk.errors import SettingsError
 
 PREFIX = "EDGE_SERVER_"
 HELP = "A flag can come from the environment too, --port from EDGE_SERVER_PORT; one that is given here wins."
+LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_(TCP|UDP|SCTP)\w*)")
+UNLINK = "it looks like one that Kubernetes sets for a service; give that another name, or set enableServiceLinks: false"
 BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -40,6 +43,8 @@ def apply(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> No
     for name in sorted(environment):
         if not name.startswith(PREFIX):
             continue
+        if name not in known and LINK.fullmatch(name):
+            raise SettingsError(f"there is no setting {name}; {UNLINK}")
         if name not in known:
             raise SettingsError(f"there is no setting {name}; those are {', '.join(sorted(known))}. Unset it")
         known[name].default, known[name].required = _value(name, known[name], environment[name]), False
@@ -60,7 +65,8 @@ def _one(name: str, action: argparse.Action, text: str) -> Any:
     try:
         value = make(text)
     except ValueError as error:
-        raise SettingsError(f"{name} cannot be used as {', '.join(action.option_strings)}; mend it, or unset it") from error
+        do = UNLINK if "://" in text else "mend it, or unset it"
+        raise SettingsError(f"{name} cannot be used as {', '.join(action.option_strings)}; {do}") from error
     choices: Sequence[Any] | None = None if action.choices is None else list(action.choices)
     if choices is not None and value not in choices:
         raise SettingsError(f"{name} is one of {', '.join(map(str, choices))}")

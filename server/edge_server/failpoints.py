@@ -8,12 +8,21 @@ from collections.abc import Callable
 
 from edge_sdk.errors import SettingsError
 
+GUARDED = (  # where devices need tokens
+    "admin-written",
+    "admission-written",  # the transaction is open
+    "admission-committed",  # the token is used, and the run knows nothing of the device
+)
 POINTS = (
     "run-named",  # the database has the run's id, the folder does not yet
+    "run-written",  # it has, and no version
+    *GUARDED,
+    "upload-arriving",  # a part of it is in a file that nothing names
     "blob-synced",  # its bytes are on disk under a name of their own
     "blob-renamed",  # it has its name, which a power cut may still take away
     "event-written",  # the transaction is open
     "event-committed",  # and nobody has been told
+    "version-file-written",  # one of its folder's two
     "version-written",  # the folder is there, its event is not
     "snapshot-written",  # the transaction is open
     "snapshot-committed",

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from edge_sdk import files
-from edge_sdk.adapters import AdapterSpec, Arrays, write_peft
-from edge_sdk.errors import SettingsError
+from edge_sdk.adapters import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, Arrays, peft_config
+from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.protocol import PROTOCOL, Manifest
-from edge_sdk.wire import unpack_adapter
+from edge_sdk.wire import pack_adapter
 from edge_server.failpoints import Reached, nothing
 from edge_server.settings import RunSettings
-from edge_server.storage import EventLog
+from edge_server.storage import Blobs, EventLog
 
 
 @dataclass(frozen=True)
 class Versions:
-    """The versions' folders; `spec` is that of their adapters, and `base` names the model they adapt."""
+    """The versions' folders; `spec` is that of their adapters, and `base` names the model they adapt.
+
+    They are copies of blobs, which are synced before the event that names them. So nobody waits for the disk here, which would
+    cost three times what writing does: what a power cut takes away, `mend` makes again.
+    """
 
     root: Path
     spec: AdapterSpec
@@ -31,25 +35,59 @@ class Versions:
 
     def write(self, version: int, arrays: Arrays) -> bytes:
         """Makes a version's folder; its adapter's bytes."""
-        write_peft(self._folder(version), arrays, self.spec, self.base)
+        body = pack_adapter(arrays)
+        self._make(version, body)
         self.reached("version-written")
-        return self._read(version)
+        return body
 
-    def mend(self, version: int, body: bytes) -> None:
-        """Makes it again where its adapter is not `body`, as after a power cut."""
+    def mend(self, adapters: Sequence[str], blobs: Blobs) -> None:
+        """Makes every folder again that is not what it was.
+
+        That is a config of other bytes, an adapter of another size, or, in the newest, of other bytes: a file that never reached
+        the disk is short, and hashing thousands would take minutes.
+
+        Args:
+            adapters: the blob of each version. Older ones that are lost or damaged cannot be made again, and stay as they are.
+
+        Raises:
+            DataError: the newest version's blob is missing or damaged.
+        """
+        for version, sha256 in enumerate(adapters[:-1]):
+            blob = blobs.path(sha256)
+            if blob is not None and not self._fits(version, blob.stat().st_size):
+                with contextlib.suppress(DataError):
+                    self._make(version, blobs.get(sha256))
+        newest, body = len(adapters) - 1, blobs.get(adapters[-1])
+        if not self._fits(newest, len(body)) or (self._folder(newest) / ADAPTER_FILE).read_bytes() != body:
+            self._make(newest, body)
+
+    def _fits(self, version: int, size: int) -> bool:
+        """Whether both files are there, with an adapter of this size in bytes."""
+        folder = self._folder(version)
         with contextlib.suppress(OSError):
-            if self._read(version) == body:
-                return
-        self.write(version, unpack_adapter(body, self.spec.shapes()))
+            config = (folder / CONFIG_FILE).read_bytes()
+            return (folder / ADAPTER_FILE).stat().st_size == size and config == peft_config(self.spec, self.base)
+        return False
 
-    def _read(self, version: int) -> bytes:
-        return (self._folder(version) / "adapter_model.safetensors").read_bytes()
+    def _make(self, version: int, body: bytes) -> None:
+        folder = self._folder(version)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in {ADAPTER_FILE: body, CONFIG_FILE: peft_config(self.spec, self.base)}.items():
+            files.write(folder / name, content, durable=False)
+            self.reached("version-file-written")
 
     def _folder(self, version: int) -> Path:
         return self.root / f"{version:04d}"
 
 
-def run_of(path: Path, log: EventLog, settings: RunSettings, manifest: Manifest, others: Mapping[str, Manifest]) -> str:
+def run_of(
+    path: Path,
+    log: EventLog,
+    settings: RunSettings,
+    manifest: Manifest,
+    others: Mapping[str, Manifest],
+    reached: Reached = nothing,
+) -> str:
     """The run's id, with which the folder and its database say that they belong together.
 
     Raises:
@@ -75,6 +113,7 @@ def run_of(path: Path, log: EventLog, settings: RunSettings, manifest: Manifest,
     if log.newest:
         raise SettingsError(f"this database holds a run, {path.parent} none; use that run's --data folder, or another database")
     files.write(path, json.dumps({"run": log.run, **now}, indent=1).encode())
+    reached("run-written")
     return log.run
 
 

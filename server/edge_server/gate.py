@@ -7,7 +7,8 @@ taken. `now` must never go back; the epoch and the time are told to a device tha
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+import math
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from edge_sdk.errors import WireError
@@ -28,7 +29,7 @@ class Gate:
 
     epoch: str
     _until: OrderedDict[bytes, float] = field(default_factory=OrderedDict)  # in the order they came, so also of their ends
-    _count: Counter[str] = field(default_factory=Counter)  # of each device
+    _ends: dict[str, deque[float]] = field(default_factory=dict)  # the same ends, of each device
 
     def __len__(self) -> int:
         """Nonces that are remembered."""
@@ -50,13 +51,15 @@ class Gate:
         """
         while self._until and next(iter(self._until.values())) < now:
             gone = self._until.popitem(last=False)[0][:KEY].hex()
-            self._count[gone] -= 1
-            if not self._count[gone]:
-                del self._count[gone]
+            self._ends[gone].popleft()
+            if not self._ends[gone]:
+                del self._ends[gone]
         request = bytes.fromhex(claim.device + claim.nonce)
         if request in self._until:
             raise WireError("replayed", "this very request was taken before; sign another one", 401)
-        if self._count[claim.device] >= MOST:
-            raise WireError("too-many", f"a device may send {MOST} requests in {2 * SKEW:.0f} seconds", 429)
-        self._until[request] = now + 2 * SKEW  # signed at most SKEW ahead of now, it is too old SKEW after that
-        self._count[claim.device] += 1
+        ends = self._ends.get(claim.device, deque())
+        if len(ends) >= MOST:
+            over = math.floor(ends[0] - now) + 1.0  # whole seconds, after which the first is forgotten
+            raise WireError("too-many", f"a device may send {MOST} requests in {2 * SKEW:.0f} seconds", 429, over)
+        self._until[request] = end = now + 2 * SKEW  # signed at most SKEW ahead of now, it is too old SKEW after that
+        self._ends.setdefault(claim.device, ends).append(end)

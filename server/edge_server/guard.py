@@ -41,6 +41,7 @@ class Guard:
         self._gate = gate
         self._admin = admin
         self._now = now
+        self._admitting = asyncio.Lock()  # one at a time: where the file is locked, those who wait shall not take every thread
 
     async def tell_time(self, request: web.Request, answer: web.StreamResponse) -> None:
         """Every 401 says how it is done: what a device corrects itself by, or that the operator's token is wanted."""
@@ -70,8 +71,14 @@ class Guard:
     async def admit(self, request: web.Request, token: str) -> None:
         """Lets the sender of a request to enrol in. Raises: WireError: what `Admission.admit` and `Gate.take` refuse."""
         claim = request[CLAIM]
-        await asyncio.to_thread(self._admission.admit, claim.device, token, self._now())
+        if not self._admission.is_in(claim.device, token, self._now()):  # here, so that strangers lock nothing
+            async with self._admitting:
+                await asyncio.to_thread(self._admission.admit, claim.device, token, self._now())
         self._gate.take(claim, self._now())  # only now: strangers shall not fill the server's memory
+
+    def revoked(self) -> set[str]:
+        """The devices that are shut out."""
+        return {device for device, out in self._admission.devices().items() if out}
 
     def is_operator(self, request: web.Request) -> bool:
         """Whether the admin token comes with a request."""

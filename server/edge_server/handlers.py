@@ -20,7 +20,6 @@ from edge_sdk.wire import (
     JUDGMENT_TYPE,
     LINES_TYPE,
     MASKED_TYPE,
-    MAX_JSON,
     PROBLEM_TYPE,
     TENSORS_TYPE,
     check_result,
@@ -28,10 +27,13 @@ from edge_sdk.wire import (
     encode,
     pack_lines,
 )
+from edge_server.failpoints import Reached
 from edge_server.guard import GUARD, check_body, own, signer_of
 from edge_server.intake import Intake
 from edge_server.ledger import Ledger
 
+MAX_CALL = 1 << 12  # bytes; an enrolment with the longest names, every character escaped, has 1.5 KB
+MAX_REPORT = 1 << 16  # an evaluation with the longest names, every character escaped, has 51 KB, the shares of a cohort 30 KB
 BODY_SECONDS = 600.0  # a slow line may take its time, but not hold a file for ever
 IDLE_SECONDS = 60.0  # and a silent one is given up before
 PAGE = 1000  # lines of synthetic data in an answer
@@ -65,7 +67,7 @@ async def work(request: web.Request) -> web.Response:
 async def results(request: web.Request) -> web.Response:
     ledger = request.app[LEDGER]
     tensors = dict.fromkeys((TENSORS_TYPE, MASKED_TYPE), ledger.body_limit)
-    limit = {JSON_TYPE: MAX_JSON, JUDGMENT_TYPE: ledger.judgment_limit, **tensors}.get(request.content_type)
+    limit = {JSON_TYPE: MAX_REPORT, JUDGMENT_TYPE: ledger.judgment_limit, **tensors}.get(request.content_type)
     if limit is None:
         raise WireError("wrong-type", f"send {TENSORS_TYPE}, {MASKED_TYPE}, {JUDGMENT_TYPE} or {JSON_TYPE}", 415)
     with _room(request, limit) as room:
@@ -88,7 +90,7 @@ async def _take(request: web.Request, ledger: Ledger, limit: int, room: Room) ->
         return await ledger.take_judgment(await _body(request, limit, room), signer_of(request))
     incoming = ledger.blobs.incoming()
     try:
-        sha256 = await _stream(request, incoming, limit, room)
+        sha256 = await _stream(request, incoming, limit, room, ledger.blobs.reached)
         if request.content_type == MASKED_TYPE:
             return await ledger.take_masked(incoming, sha256, signer_of(request))
         return await ledger.take_update(incoming, sha256, signer_of(request))
@@ -175,16 +177,23 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
 
 @contextmanager
 def _room(request: web.Request, limit: int) -> Iterator[Room]:
-    """What counts the body's bytes while it is read and worked on. Raises: WireError: `too-large`, `busy`."""
+    """What counts the body's bytes while it is read and worked on. Raises: WireError: `too-large`, `too-many`, `busy`."""
     size = request.content_length
     if size is not None and size > limit:
         raise WireError("too-large", f"this may have {limit} bytes, and claims {size}", 413)
-    with request.app[INTAKE].room(size or 0) as room:
+    ledger = request.app[LEDGER]
+    most = 2 * max(ledger.body_limit, ledger.judgment_limit)  # one, and one that broke off
+    with request.app[INTAKE].room(size or 0, signer_of(request), most) as room:
         yield room
 
 
 async def _chunks(request: web.Request, limit: int, room: Room) -> AsyncIterator[bytes]:
-    """The body as it arrives. Raises: WireError: `too-large`, `busy`. TimeoutError: it takes too long, or has stopped."""
+    """The body as it arrives.
+
+    Raises:
+        WireError: `too-large`, `too-many`, `busy`.
+        TimeoutError: it takes too long, or has stopped.
+    """
     loop, received = asyncio.get_running_loop(), 0
     end = loop.time() + BODY_SECONDS
     while True:
@@ -200,9 +209,9 @@ async def _chunks(request: web.Request, limit: int, room: Room) -> AsyncIterator
 
 
 async def _message(request: web.Request) -> bytes:
-    """The body of a call that is only a message."""
-    with _room(request, MAX_JSON) as room:
-        return await _body(request, MAX_JSON, room)
+    """The body of a call that is only a small message, which strangers may send too."""
+    with _room(request, MAX_CALL) as room:
+        return await _body(request, MAX_CALL, room)
 
 
 async def _body(request: web.Request, limit: int, room: Room) -> bytes:
@@ -222,13 +231,15 @@ def _number(request: web.Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-async def _stream(request: web.Request, to: Path, limit: int, room: Room) -> str:
+async def _stream(request: web.Request, to: Path, limit: int, room: Room, reached: Reached) -> str:
     """Writes the body to a file, never holding it; returns its sha256."""
     digest = hashlib.sha256()
     with to.open("wb") as file:
         async for chunk in _chunks(request, limit, room):
             digest.update(chunk)
             file.write(chunk)
+            file.flush()
+            reached("upload-arriving")
     check_body(request, digest.hexdigest())
     return digest.hexdigest()
 

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,14 +21,14 @@ import msgspec
 
 from edge_sdk import files, wire
 from edge_sdk.adapters import Array, Arrays
-from edge_sdk.cohort import Answer
+from edge_sdk.cohort import Answer, Masked
 from edge_sdk.errors import DataError, WireError
 from edge_sdk.protocol import Evaluation, Line, Manifest, Receipt, Sample, Status, Train, Trained, Update, Wait, Withdrawal, Work
 from edge_sdk.tasks import Example
 from edge_server import cohorts, coordinator, pacing, runs, snapshots, storage
 from edge_server.aggregation import Contribution
 from edge_server.compute import Compute
-from edge_server.coordinator import Buffered, Event, Lost, Published, State
+from edge_server.coordinator import Buffered, Dropped, Event, Lost, Published, State
 from edge_server.failpoints import Reached, nothing
 from edge_server.folder import Versions, run_of
 from edge_server.knowledge.filters import Embed
@@ -70,6 +70,7 @@ class Ledger:
     Attributes:
         on_commit: called with each event once it is applied, and the seconds that the database took.
         on_version: called with the seconds that a version took, from when its updates were there until it was on disk.
+        revoked: asked before a version is made which devices are shut out; what these have sent before is dropped.
 
     Raises:
         SettingsError: folder or database belong to another run, another server uses them, or the system needs what is not there.
@@ -98,7 +99,7 @@ class Ledger:
         with contextlib.ExitStack() as opened:
             opened.enter_context(files.held(data, "edge-server"))
             self._log = opened.enter_context(contextlib.closing(EventLog(url, reached)))
-            run = run_of(data / "run.json", self._log, settings, manifest, others)
+            run = run_of(data / "run.json", self._log, settings, manifest, others, reached)
             self.state: State = snapshots.replay(self._log, snapshot_every)
             self._open = opened.pop_all()
         self.manifest = msgspec.structs.replace(manifest, run=run)
@@ -128,10 +129,11 @@ class Ledger:
         self._check, self._checked, self._refusal = asyncio.Lock(), -math.inf, ""  # of the database
         self.on_commit: list[Callable[[Event, float], None]] = []
         self.on_version: list[Callable[[float], None]] = []
+        self.revoked: Callable[[], Collection[str]] = frozenset
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
-        """Publishes version 0 on a fresh folder; mends the newest version's folder where a power cut tore it.
+        """Publishes version 0 on a fresh folder; mends the versions' folders where a power cut tore them.
 
         Raises:
             SettingsError: the run cannot be carried out with the blobs that are there.
@@ -140,8 +142,7 @@ class Ledger:
         if self.state.version < 0:
             await self._publish(0, self._run.start(self.manifest.adapter), 0)
         else:
-            body = await asyncio.to_thread(self.blobs.get, self.state.adapter)
-            await asyncio.to_thread(self._versions.mend, self.state.version, body)
+            await asyncio.to_thread(self._versions.mend, self.state.adapters, self.blobs)
         self._full.set()
         self._news.set()
 
@@ -263,11 +264,14 @@ class Ledger:
 
     async def take_masked(self, incoming: Path, sha256: str, signer: str | None = None) -> Receipt:
         """The same for a masked vector."""
-        body = await asyncio.to_thread(incoming.read_bytes)
-        length = cohorts.length(self.manifest.adapter) + 1
-        masked, _ = await asyncio.to_thread(wire.unpack_masked, body, length)
+        async with self._opening:
+            masked, size = await asyncio.to_thread(self._opened_masked, incoming)
         coordinator.check_signer(masked.device, signer)
-        return await self.take_answer(masked, sha256, len(body), incoming)
+        return await self.take_answer(masked, sha256, size, incoming)
+
+    def _opened_masked(self, incoming: Path) -> tuple[Masked, int]:
+        body = incoming.read_bytes()
+        return wire.unpack_masked(body, cohorts.length(self.manifest.adapter) + 1)[0], len(body)
 
     async def _take_report(self, decide: Callable[[State, R, str], Event | Receipt], report: R, sha256: str) -> Receipt:
         """A message of numbers: decided on, and on disk before it is answered."""
@@ -360,12 +364,27 @@ class Ledger:
         """Makes a version if enough updates are there; whether it did."""
         if self._unseen is not None:
             return await self._average_unseen(self._unseen)
-        if (how := self._settings.averaged) is None or not (batch := self._run.averaged(self.state, self._now())):
+        if (how := self._settings.averaged) is None:
             return False
+        async with self._lock:
+            if stale := coordinator.outdated(self.state, how.max_staleness):
+                return await self._drop(stale)
+        if not (batch := self._run.averaged(self.state, self._now())):
+            return False
+        revoked = await asyncio.to_thread(self.revoked)
+        async with self._lock:
+            if shut_out := coordinator.shut_out(batch, revoked):
+                return await self._drop(shut_out)
         began = time.monotonic()
-        adapter = await asyncio.to_thread(self._averaged, self.state.adapter, batch, how)
-        staleness = ", ".join(str(b.staleness) for b in batch)
+        adapter = await asyncio.to_thread(self._averaged, self.state.version, batch, how)
+        staleness = ", ".join(str(self.state.version - waiting.version) for waiting in batch)
         await self._make_version(adapter, f"{len(batch)} updates (staleness {staleness})", len(batch), began)
+        return True
+
+    async def _drop(self, dropped: Dropped) -> bool:
+        """The caller holds the lock."""
+        await self._record(dropped)
+        self._say(f"dropped as {dropped.code}, of the updates that waited: {len(dropped.blobs)}")
         return True
 
     async def _average_unseen(self, unseen: SecureAverage) -> bool:
@@ -406,9 +425,9 @@ class Ledger:
         """Seconds until a deadline of the buffer or the cohort may pass; None where only news can change anything."""
         if self._unseen is not None:
             return self._unseen.patience(self.state, self._now())
-        if (how := self._settings.averaged) is None or not self._run.averaged(self.state, math.inf):
+        if (how := self._settings.averaged) is None or not (batch := self._run.averaged(self.state, math.inf)):
             return None
-        return max(self.state.buffer[0].at + how.deadline_seconds - self._now(), 0.01)
+        return max(coordinator.since(batch) + how.deadline_seconds - self._now(), 0.01)
 
     @property
     def trouble(self) -> str:
@@ -461,7 +480,7 @@ class Ledger:
         body = await asyncio.to_thread(self._versions.write, version, adapter)
         blob = await asyncio.to_thread(self.blobs.put, body)
         async with self._lock:
-            await self._record(Published(version, blob, folded, llm))
+            await self._record(Published(version, blob, folded, llm, self._now() if folded else 0.0))
 
     def status(self) -> Status:
         return coordinator.status(self.state, self._settings.system, self._run.finished(self.state))
@@ -493,16 +512,18 @@ class Ledger:
             except DataError as error:  # the event is on disk, and only that was promised
                 log.warning("no snapshot: %s", error)
 
-    def _averaged(self, adapter: str, batch: tuple[Buffered, ...], how: LpFl) -> dict[str, Array]:
+    def _averaged(self, version: int, batch: tuple[Buffered, ...], how: LpFl) -> dict[str, Array]:
+        """What `version` becomes."""
         known = self.state.adapters
+        adapter = known[version]
         bases = {known[waiting.version] for waiting in batch} if lpfl.wants_bases(how) else set()
         opened = {blob: self._adapter_of(blob) for blob in {adapter, *bases}}
-        buffer = (self._contribution(waiting, opened.get(known[waiting.version])) for waiting in batch)
+        buffer = (self._contribution(version, waiting, opened.get(known[waiting.version])) for waiting in batch)
         return lpfl.step(how, self.manifest.adapter, opened[adapter], buffer)
 
-    def _contribution(self, waiting: Buffered, base: Arrays | None) -> Contribution:
+    def _contribution(self, version: int, waiting: Buffered, base: Arrays | None) -> Contribution:
         delta = wire.unpack(self.blobs.get(waiting.blob), self._update_shapes)[1]
-        return Contribution(delta, waiting.num_examples, waiting.staleness, base)
+        return Contribution(delta, waiting.num_examples, version - waiting.version, base)
 
     def _adapter_of(self, blob: str) -> dict[str, Array]:
         return wire.unpack_adapter(self.blobs.get(blob), self._shapes)

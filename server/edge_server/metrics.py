@@ -7,7 +7,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from edge_sdk.cohort import Masked
-from edge_server.coordinator import Accepted, Answered, Event, State
+from edge_server.coordinator import Accepted, Answered, Dropped, Event, State
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 600)  # seconds: a slow line may take ten minutes
 LONG = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)  # seconds: an LLM may learn beside a version
@@ -32,6 +32,9 @@ class Metrics:
         self._seconds = Histogram("edge_request_seconds", "Until an answer begins.", ("route",), registry=own, buckets=FAST)
         self._accepted = Counter("edge_updates_accepted", "Updates on disk, each once; masked ones too.", registry=own)
         self._refused = Counter("edge_updates_refused", "Updates that were not taken, by problem code.", ("code",), registry=own)
+        self._dropped = Counter(
+            "edge_updates_dropped", "Accepted updates that will not count, by problem code.", ("code",), registry=own
+        )
         self._staleness = Histogram(
             "edge_update_staleness", "Versions that an accepted update was behind.", registry=own, buckets=VERSIONS
         )
@@ -60,6 +63,8 @@ class Metrics:
                 self._staleness.observe(self._state().version - version)
             case Answered(Masked()):
                 self._accepted.inc()
+            case Dropped(blobs, code):
+                self._dropped.labels(code).inc(len(blobs))
 
     def made(self, seconds: float) -> None:
         """A version was, of updates."""

@@ -1,11 +1,13 @@
 """Rules that keep hostile updates from steering a version; pure functions from one buffer to the buffer that is averaged.
 
 What has been accepted is finite, of the right shapes, one update for each device and version, not too stale. That leaves its
-size and its direction, and every device may send what it likes. `bounded` sees to the size, and always can; the others to both,
-for which they need more honest updates than hostile ones, and honest ones that agree.
+size, its direction and the examples it claims, and every device may send what it likes. `bounded` sees to size and claim, for
+which it needs three updates; the others to direction, too, for which they need more honest updates than hostile ones, and honest
+ones that agree.
 
-A rule that chooses (`median`, `trimmed_mean`, `krum`) counts each update once: how many examples it rests on is what the device
-says, and would buy votes; an older base counts in full, as `max_staleness` allowed it. `bounded` leaves both weights as they are.
+How many examples an update rests on is what the device says, and would buy votes. A rule that chooses (`median`, `trimmed_mean`,
+`krum`) counts each update once; an older base counts in full, as `max_staleness` allowed it. `NormBounded` counts each once, too,
+and less where it is stale, which the server sees for itself. `bounded` counts each for at most the median claim.
 
 Factors and products: (B + dB)(A + dA) - BA is what an update does, and many pairs dB, dA do the same, since the components can be
 turned. Krum therefore measures what updates do. The median and the trimmed mean go by single numbers, so they need all devices to
@@ -17,6 +19,7 @@ medians is no median of products (with A frozen it comes closest): every number 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,7 +65,7 @@ class Krum(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="krum", 
 
 
 class NormBounded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="norm_bounded", tag_field="name"):
-    """Every update by its weight, scaled down to at most the L2 norm `norm`, or the buffer's median size where that is 0."""
+    """Every update once, less its staleness, and at most as long as the L2 norm `norm`, or as the median size where that is 0."""
 
     norm: float = 0.0
 
@@ -72,13 +75,14 @@ class NormBounded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
 
 
 Rule = Mean | Median | TrimmedMean | Krum | NormBounded
+COMPARABLE = 3  # updates among which one can be told to be out of the ordinary
 
 
 def fewest(rule: Rule) -> int:
     """How many updates of one buffer the rule needs to keep its promise."""
     match rule:
         case Median() | NormBounded(norm=0):
-            return 3
+            return COMPARABLE
         case TrimmedMean(byzantine):
             return 2 * byzantine + 1
         case Krum(byzantine, keep):
@@ -101,7 +105,8 @@ def apply(rule: Rule, buffer: Sequence[Contribution], spec: AdapterSpec) -> list
         case Krum(byzantine, keep):
             return krum(buffer, spec, byzantine, keep)
         case NormBounded(norm):
-            return [clip(update, norm) for update in buffer] if norm else bounded(buffer, 1.0)
+            held = [clip(update, norm) for update in buffer] if norm else bounded(buffer, 1.0)
+            return [replace(update, num_examples=1) for update in held]
         case _:
             return list(buffer)
 
@@ -124,15 +129,22 @@ def clip(update: Contribution, limit: float) -> Contribution:
 
 
 def bounded(buffer: Sequence[Contribution], times: float) -> list[Contribution]:
-    """Every update scaled down to at most `times` the median size of the buffer's; of fewer than three, all as they are.
+    """Every update held to `times` the median size of the buffer's, and to its median examples; of fewer than three, none is.
 
     A size is the root mean square of a delta's numbers, so that a device that trained fewer layers or components is measured by
     the same rule. It is relative since an absolute norm would have to be known before the first version, for each model, rank and
     learning rate; a minority cannot move a median out of the honest sizes. Source: Sun et al. 2019, "Can You Really Backdoor
     Federated Learning?" (norm thresholding).
+
+    Claims are cut at the median itself: half of the updates then weigh alike, so none of n fresh ones has more than 2 / n of the
+    weight. At twice the median one of four equal devices would have 2/5 of it, and with 1.25 times the size stop what the others
+    do. Source: Portnoy et al. 2022, "Towards Federated Learning with Byzantine-Robust Client Weighting" (they truncate weights,
+    at another bound).
     """
-    if len(buffer) < 3:
+    if len(buffer) < COMPARABLE:
         return list(buffer)
+    most = int(statistics.median(update.num_examples for update in buffer))
+    buffer = [replace(c, num_examples=most) if c.num_examples > most else c for c in buffer]
     counts = [math.sqrt(sum(array.size for array in update.delta.values())) for update in buffer]
     norms = [norm(update.delta) for update in buffer]
     limit = times * float(np.median(np.divide(norms, counts)))

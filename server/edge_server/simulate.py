@@ -103,7 +103,7 @@ class Version:
     Args:
         seconds: since the start of the run, virtual.
         made_of: device and base version of each update it was made of, in order.
-        staleness: how many of these were how many versions old on arrival.
+        staleness: how many of these were how many versions old.
         metrics: of these, weighted by their examples.
         uploads: times an update arrived, repeated and refused ones too. accepted: updates that count or will count.
         buffered: those that wait for a later version. refused: as too stale. dropped: trained in vain on a device.
@@ -206,7 +206,7 @@ class _Run:
     def _deadline(self) -> float:
         """When the buffer has waited long enough; never, if there is too little in it."""
         waiting = lpfl.averaged(self._settings, self._state, math.inf)
-        return waiting[0].at + self._settings.deadline_seconds if waiting else math.inf
+        return coordinator.since(waiting) + self._settings.deadline_seconds if waiting else math.inf
 
     def _go_on(self, device: _Device) -> None:
         """What the device did is over: carries out what its session says, until something takes time again."""
@@ -310,12 +310,12 @@ class _Run:
     def _publish(self, batch: Sequence[coordinator.Buffered]) -> Version:
         found = [self._blobs.pop(waiting.blob) for waiting in batch]
         buffer = [
-            Contribution(c.delta, waiting.num_examples, waiting.staleness, c.base)
+            Contribution(c.delta, waiting.num_examples, self._state.version - waiting.version, c.base)
             for (_, c), waiting in zip(found, batch, strict=True)
         ]
         self._adapter = lpfl.step(self._settings, self._spec, self._adapter, buffer)
         number = self._state.version + 1
-        self._record(Published(number, str(number), len(batch)))
+        self._record(Published(number, str(number), len(batch), at=self._now))
         for since, beat, device in self._waiting:
             beats = math.floor((self._now - since) / beat) + 1
             heapq.heappush(self._queue, (since + beats * beat, device))

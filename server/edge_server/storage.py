@@ -201,8 +201,8 @@ class Blobs:
     """Files named by their content; writing one twice is harmless."""
 
     def __init__(self, folder: Path, reached: Reached = nothing) -> None:
-        self._folder, self._reached = folder, reached
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self.reached = folder, reached
+        files.make_folder(folder)
         for left in folder.glob("incoming-*"):  # what a killed process was writing
             left.unlink()
 
@@ -216,9 +216,9 @@ class Blobs:
         """Makes a streamed file the blob `sha256`; returns once it is on disk."""
         with incoming.open("rb") as file:
             os.fsync(file.fileno())
-        self._reached("blob-synced")
+        self.reached("blob-synced")
         incoming.replace(self._folder / sha256)
-        self._reached("blob-renamed")
+        self.reached("blob-renamed")
         files.sync_folder(self._folder)
 
     def take(self, path: Path) -> str:

@@ -5,7 +5,7 @@
     server:  theta^(t+1) <- theta^t + lr * weighted mean of (theta_k - theta^t)        once K updates are in
 
 The paper's formulas are not public; docs/systems/lpfl.md says what is reconstructed. Departure: the paper averages in
-synchronous rounds, here an update counts whenever it arrives, by its examples and its staleness (FedBuff).
+synchronous rounds, here an update counts whenever it arrives, by its staleness (FedBuff) and its examples (up to the median's).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         versions: how many versions are made before the run is finished.
-        buffer_size: updates that make a version (FedBuff's K); all devices for synchronous FedAvg. A device answers a
-            version once, so with fewer devices than this no version is ever made: count those that may stay away.
-        max_staleness: versions an update's base may lie behind before it is refused.
+        buffer_size: updates that make a version (FedBuff's K), each of another device; all devices for synchronous FedAvg. With
+            fewer devices than this no version is ever made: count those that may stay away.
+        max_staleness: versions an update's base may lie behind; with more it is refused, or dropped where it waited meanwhile.
         deadline_seconds: once the oldest update of the buffer has waited so long, a version is made of what is there, if that
             is at least `least` updates; so a synchronous run does not wait for a dead device for ever. 0 for no deadline.
-            Of fewer than three updates none is clipped.
+        least: 0 for as many as `rule` can choose among and, unless `clip_norm` is 0, three, or `buffer_size` where that is fewer.
         lease_seconds: how long a device that was told to train counts as training, if it does not answer.
         concurrency: devices that may train at once (PAPAYA, Huba et al. 2022); others wait. 0 for no limit.
         server_lr: step along the mean update.
@@ -48,11 +48,14 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             `products`: what they do, BA; devices may train different ranks.
         max_examples: an update counts for at most this many examples, whatever it claims; with `secure` for at most
             `secure.max_weight`, where that is less.
-        clip_norm: an update is scaled down to at most so many times the median size of those a version is made from; 0 for never.
+        clip_norm: an update is scaled down to at most so many times the median size of those a version is made from, and counts
+            for at most their median examples; 0 for neither, and so for FedAvg's weights.
             Honest ones lie close together, since a step of AdamW is as long as its rate: LP-FL's within 1.12 times (docs/LOG.md).
+            Of fewer than three updates none is cut: with `buffer_size` or `least` below three one device can destroy the adapter.
             With `secure` it means nothing, since nobody sees a size: each number is cut at `secure.clip` instead.
-        rule: which of the updates a version is made from: all (`mean`, or `norm_bounded`, a tighter `clip_norm`), or those that
-            agree (`median`, `trimmed_mean`, `krum`), each counted once, whatever its examples and staleness; see `robust.py`.
+        rule: which of the updates a version is made from: all (`mean`, or `norm_bounded`, a tighter `clip_norm` that does not ask
+            for examples), or those that agree (`median`, `trimmed_mean`, `krum`), each counted once, whatever its examples and
+            staleness; see `robust.py`.
         upload: how the numbers of an update travel: `int8` takes a quarter of the bytes, and what it loses comes with the next
             update of the device.
         wait_seconds: how long an idle device waits before it asks again.
@@ -68,7 +71,7 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     buffer_size: int = 4
     max_staleness: int = 8
     deadline_seconds: float = 0.0
-    least: int = 1
+    least: int = 0
     lease_seconds: float = 3600.0
     concurrency: int = 0
     server_lr: float = 1.0
@@ -107,8 +110,8 @@ class LpFl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SettingsError("lpfl.rule goes by single numbers of A and B, which products turn: take factors, or krum")
         if self.average == "products" and self.upload == "int8":
             raise SettingsError("lpfl.upload int8 makes up for losses later, and products turn A and B: take factors, or fp16")
-        if not 1 <= self.least <= self.buffer_size or (self.deadline_seconds and self.least < fewest):
-            raise SettingsError(f"lpfl.least must be {fewest}, the fewest that lpfl.rule can choose among, to lpfl.buffer_size")
+        if not 0 <= self.least <= self.buffer_size or (self.deadline_seconds and 0 < self.least < fewest):
+            raise SettingsError(f"lpfl.least must be {fewest}, the fewest lpfl.rule can choose among, to lpfl.buffer_size, or 0")
         if not 0 <= self.deadline_seconds < math.inf or not 0 < self.lease_seconds < math.inf or self.concurrency < 0:
             raise SettingsError(
                 "lpfl.lease_seconds must be positive, lpfl.deadline_seconds and lpfl.concurrency not negative, and all finite"
@@ -142,8 +145,20 @@ def averaged(settings: LpFl, state: State, now: float) -> tuple[Buffered, ...]:
     Args:
         now: seconds since the epoch, for the deadline.
     """
-    how = settings.buffer_size, settings.least, settings.deadline_seconds
+    how = settings.buffer_size, least(settings), settings.deadline_seconds
     return () if state.version >= settings.versions else coordinator.due(state, *how, now)
+
+
+def least(settings: LpFl) -> int:
+    """How many updates make a version at the deadline."""
+    needed = max(robust.fewest(settings.rule), robust.COMPARABLE if settings.clip_norm else 1)
+    return settings.least or min(needed, settings.buffer_size)
+
+
+def uncut(settings: LpFl) -> bool:
+    """Whether a version may be made of so few updates that `clip_norm`, though set, cuts none."""
+    fewest = least(settings) if settings.deadline_seconds else settings.buffer_size
+    return settings.clip_norm > 0 and settings.secure is None and fewest < robust.COMPARABLE
 
 
 def oldest(settings: LpFl, state: State) -> int:

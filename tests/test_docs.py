@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import async_vs_sync, crosslm, engines, fedcollm, fedmkt, lora_push, lpfl, pairs, training, uploads
+from bench import async_vs_sync, crosslm, engines, fedcollm, lora_push, lpfl, pairs, training, uploads
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -76,13 +76,15 @@ def test_the_numbers_of_fedcollm_are_the_committed_result() -> None:
     assert "\n".join(fedcollm.targets(result["rows"], result["summary"])) in page
 
 
-def test_the_numbers_of_fedmkt_are_the_committed_result() -> None:
-    """Its table, and what became of each target, come from docs/results/fedmkt.json."""
-    result = json.loads((ROOT / "docs/results/fedmkt.json").read_text())
-    page = (ROOT / "docs/systems/fedmkt.md").read_text()
+def test_what_the_readme_says_of_fedcollm_is_the_committed_result() -> None:
+    """Accuracies on sentiment come from docs/results/fedcollm.json."""
+    found = json.loads((ROOT / "docs/results/fedcollm.json").read_text())["summary"]
+    slm, llm = ({name: f"{each['mean']:.3f}" for name, each in found[model].items()} for model in ("slm", "llm"))
+    said = " ".join((ROOT / "README.md").read_text().split())
 
-    assert pairs.markdown(result["rows"], fedmkt.TASKS, fedmkt.METHODS) in page
-    assert "\n".join(fedmkt.targets(result["rows"])) in page
+    assert f"has {slm['fedcollm']} on sentiment, averaging alone {slm['fedavg']}" in said
+    assert f"without any LLM {slm['fedavg_server_ce']}" in said
+    assert f"from {llm['zero_shot']} to {llm['fedcollm']} (all labels in one place: {llm['centralized']})" in said
 
 
 def test_what_rounding_costs_is_the_committed_result() -> None:

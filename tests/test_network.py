@@ -117,8 +117,9 @@ class Run:
         return [event for event in self.log if isinstance(event, Accepted)]
 
     @property
-    def published(self) -> list[Published]:
-        return [event for event in self.log if isinstance(event, Published)]
+    def published(self) -> list[tuple[int, str, int]]:
+        """Versions, but for when they were made."""
+        return [(event.version, event.adapter, event.folded) for event in self.log if isinstance(event, Published)]
 
 
 def ended(site: Site) -> Run:

@@ -40,7 +40,7 @@ class Line:
     """What a fleet's updates go through; `size` is the bytes of the last one's numbers."""
 
     def __init__(self, way: str) -> None:
-        self._encoding, self._forgets = ENCODINGS[way], way.endswith("forgotten")
+        self._encoding, self._remembers = ENCODINGS[way], way == "int8"
         self._rests: dict[int, Arrays] = {}  # what each device still owes
         self.size = 0
 
@@ -48,7 +48,7 @@ class Line:
         owed = add(delta, self._rests[device]) if device in self._rests else delta
         sent = codec.encode(owed, self._encoding)
         self.size = sum(array.nbytes for array in sent.values())
-        if not self._forgets:
+        if self._remembers:
             self._rests[device] = codec.lost(owed, self._encoding)
         return codec.decode(sent, self._encoding, shapes_of(delta))
 

@@ -3,7 +3,8 @@
 Four devices, one domain each; as many public texts, with labels, as a device has of its own. Two tasks: sentiment, spoken of as
 classes, by MiniLM, SmolLM2, SmolLM2 with 12 of 30 layers, and the same with a tokenizer of its own; and the last word of a
 sentence (examples/cloze.py), spoken of token by token, by decoders alone. The LLM is SmolLM2-135M-Instruct. Devices train the top
-layers and keep the better adapter by a few labels held out. Settings come from validation text, accuracy from test text.
+layers and keep the better adapter by a few labels held out. Settings come from validation text, accuracy from test text. The
+small decoders were distilled on that validation text, without labels: settings for the last word come from sentences they know.
 
     zero_shot         all models as they are
     standalone        each device trains on its own labels, as many steps as in all versions
@@ -12,7 +13,7 @@ layers and keep the better adapter by a few labels held out. Settings come from 
     self_distil       public texts by label and by what the device itself said of them last
     random_teacher    public texts by label and by noise
     fedmkt            LLM and devices teach each other; with 4 and 64 tokens a position instead of 16, `fedmkt_k4`, `fedmkt_k64`
-    centralized       the LLM on all labels in one place, devices' and public
+    centralized       the LLM on all labels in one place, devices' and public, but for those that a device chooses by
 """
 
 from __future__ import annotations

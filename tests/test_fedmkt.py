@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from edge_sdk import wire
 from edge_sdk.errors import DataError, SettingsError, WireError
-from edge_sdk.knowledge import class_nats, class_targets
+from edge_sdk.knowledge import LEVEL, class_nats, class_targets
 from edge_sdk.protocol import Finished, Judgment, Lesson, Predict, Receipt, Sample, Text, Train, Trained, Wait, Work
 from edge_sdk.tasks import Example
 from edge_sdk.training import losses
@@ -130,6 +130,15 @@ def test_a_teacher_that_knows_nothing_or_lies_changes_nothing(room: Room, kind: 
     with_liar = [liar, *teachers] if first else [*teachers, liar]
 
     assert (class_targets(labels, own, with_liar, weight)[0] == class_targets(labels, own, teachers, weight)[0]).all()
+
+
+@given(classrooms())
+def test_a_device_that_copies_the_labels_leaves_the_labels_alone(room: Room) -> None:
+    """It says them better than anybody who learned something, so nobody else is heard: no harm, and no teaching."""
+    labels, own, teachers, weight = room
+    copied = np.eye(own.shape[1], dtype=np.float32)[labels]
+
+    np.testing.assert_allclose(class_targets(labels, own, [*teachers, copied], weight)[0], copied, atol=LEVEL)
 
 
 @given(classrooms())

@@ -272,6 +272,32 @@ async def test_a_deadline_passes_with_one_answer(tmp_path: Path) -> None:
     assert said.count("the LLM learned from 2 devices, loss 0.500") == 2
 
 
+async def test_a_revoked_device_is_not_heard_any_more(tmp_path: Path) -> None:
+    """Neither what it says of this version nor what it said of the last; the deadline waits for somebody else's answer."""
+    clock, said, gone = [1000.0], list[str](), set[str]()
+    run = with_public(deadline_seconds=0.3, versions=2)
+    async with learning(tmp_path, run=run, now=lambda: clock[0], say=said.append) as ledger:
+        ledger.revoked = lambda: gone
+        for device in MODELS:
+            while ledger.state.devices[device].judged < 0:
+                await do_next(ledger, device)
+        await until_asked(ledger, 1)
+        gone.add("d2")
+        while ledger.state.devices["d2"].judged < 1:
+            await do_next(ledger, "d2")
+        clock[0] = 1000.4
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(helpers.until(lambda: len(ledger.state.tuned) > 1), 0.05)
+        assert ledger._patience() is None  # only news can change anything
+        while ledger.state.devices["d1"].judged < 1:
+            await do_next(ledger, "d1")
+        await helpers.until(lambda: ledger.state.version == 2)
+
+        assert {len(asked.ballots) for asked in ledger.state.sheets} == {2}
+    learned = [line for line in said if line.startswith("the LLM learned")]
+    assert learned == [f"the LLM learned from {count}, loss 0.500" for count in ("2 devices", "1 devices")]
+
+
 async def test_an_answer_after_the_llm_has_said_its_own_is_too_late(tmp_path: Path) -> None:
     """It is refused by name, and the device is asked about the next version."""
     async with learning(tmp_path, run=with_public(answers=1)) as ledger:

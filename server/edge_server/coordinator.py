@@ -533,6 +533,12 @@ def shut_out(batch: Collection[Buffered], revoked: Collection[str]) -> Dropped |
     return _dropped((waiting for waiting in batch if waiting.device in revoked), "revoked")
 
 
+def unheard(state: State, revoked: Collection[str]) -> State:
+    """The state as if revoked devices had judged nothing: what an LLM is to learn from and decide by."""
+    sheets = (replace(s, ballots=tuple(b for b in s.ballots if b.device not in revoked)) for s in state.sheets)
+    return replace(state, sheets=tuple(sheets)) if revoked else state
+
+
 def _dropped(gone: Iterable[Buffered], code: str) -> Dropped | None:
     blobs = tuple(waiting.blob for waiting in gone)
     return Dropped(blobs, code) if blobs else None

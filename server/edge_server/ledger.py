@@ -70,7 +70,8 @@ class Ledger:
     Attributes:
         on_commit: called with each event once it is applied, and the seconds that the database took.
         on_version: called with the seconds that a version took, from when its updates were there until it was on disk.
-        revoked: asked before a version is made which devices are shut out; what these have sent before is dropped.
+        revoked: asked before a version is made, or the LLM learns, which devices are shut out; what these have sent before is
+            dropped, or not heard.
 
     Raises:
         SettingsError: folder or database belong to another run, another server uses them, or the system needs what is not there.
@@ -130,6 +131,7 @@ class Ledger:
         self.on_commit: list[Callable[[Event, float], None]] = []
         self.on_version: list[Callable[[float], None]] = []
         self.revoked: Callable[[], Collection[str]] = frozenset
+        self._unheard: Collection[str] = ()
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:
@@ -454,13 +456,15 @@ class Ledger:
 
     def _patience(self) -> float | None:
         """Seconds until a deadline may pass; None where only news can change anything."""
-        if not self.state.sheets or (last := self.state.sheets[-1]).judged or not last.ballots:
+        sheets = coordinator.unheard(self.state, self._unheard).sheets
+        if not sheets or (last := sheets[-1]).judged or not last.ballots:
             return None
         return max(last.at + self._run.deadline_seconds - self._now(), 0.01)
 
     async def _llm_step(self, llm: Llm) -> bool:
         """Lets the LLM do what is next; whether there was anything."""
-        events, said = await llm.step(self.state)
+        self._unheard = await asyncio.to_thread(self.revoked)
+        events, said = await llm.step(coordinator.unheard(self.state, self._unheard))
         async with self._lock:
             for event in events:
                 await self._record(event)

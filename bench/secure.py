@@ -1,8 +1,9 @@
 """Secure averaging against plain averaging on a server: CPU seconds for the sum, bytes on the wire, and how far the mean is off.
 
-Both sums start from what devices send, in memory, which is opened and checked, and end in a mean. All that the server reads,
-decides and says in a cohort's four phases is counted; sockets and the database are not, for either. What devices compute is shown
-apart.
+Both sums start from what devices send, in memory, which is opened and checked, and end in a mean. What the server reads, decides
+and says in a cohort's four phases is counted, each message once. Not counted is that a running server decides on each message and
+then applies it, twice the work, and encodes it as an event: 12.5 instead of 5.5 ms for a cohort of 32. Nor are, for either sum,
+sockets and the database. What devices compute is shown apart.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from edge_server.aggregation import Contribution, fedbuff
 from edge_server.unmasking import Cohort
 
 SPEC = AdapterSpec(tuple(Slot(f"model.layers.{i}.self_attn.q_proj", 576, 576) for i in range(50)), rank=8, alpha=16.0)  # 460,800
-SIZES = ((4, 0), (4, 1), (16, 0), (32, 0), (32, 4), (32, 15))  # devices of a cohort, and how many of them drop out
+SIZES = ((4, 0), (4, 1), (16, 0), (32, 0), (32, 4), (32, 10))  # devices of a cohort, and how many of them drop out
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _next(cohort: Cohort, late: bool = False) -> Cohort:
 
 
 def terms_of(size: int, length: int) -> Terms:
-    return Terms("bench", size, size // 2 + 1, length, clip=4.0, max_weight=64)
+    return Terms("bench", size, size * 2 // 3 + 1, length, clip=4.0, max_weight=64)
 
 
 def error(spec: AdapterSpec, devices: int = 4, seed: int = 0) -> float:
@@ -116,8 +117,9 @@ def error(spec: AdapterSpec, devices: int = 4, seed: int = 0) -> float:
 def run(full: bool) -> Result:
     """Five repetitions, fifteen with `full`; the median counts."""
     rows = [measure(devices, dropped, 15 if full else 5) for devices, dropped in SIZES]
-    full_house, half = (next(r for r in rows if (r["devices"], r["dropped"]) == size) for size in ((32, 0), (32, 15)))
-    ratios = {"secure_over_plain": full_house["ratio"], "half_dropped_over_plain": half["ratio"]}
+    large = sorted((r for r in rows if r["devices"] == 32), key=lambda r: r["dropped"])
+    full_house, fewest = large[0], large[-1]
+    ratios = {"secure_over_plain": full_house["ratio"], "most_dropped_over_plain": fewest["ratio"]}
     summary = {**ratios, "max_error": max(r["error"] for r in rows)}
     table = Table(title="CPU milliseconds of the server for one mean of 460,800 elements")
     for head in ("devices", "dropped", "plain", "secure", "ratio", "device, ms", "protocol bytes a device", "largest error"):
@@ -129,7 +131,7 @@ def run(full: bool) -> Result:
     kept = "kept" if full_house["ratio"] <= 3 else "MISSED"
     lines = [
         f"secure / plain with 32 devices = {full_house['ratio']:.2f} (target <= 3): {kept}",
-        f"with 15 of them dropped, the most that may = {half['ratio']:.2f}",
+        f"with {fewest['dropped']} of them dropped, the most that may = {fewest['ratio']:.2f}",
     ]
     return Result("secure", rows, summary, table, lines)
 

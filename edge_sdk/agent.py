@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge_sdk import bundle as bundles
-from edge_sdk import codec, conditions, exchange, files, knowledge, session, verbs, wire
+from edge_sdk import codec, conditions, consent, exchange, files, knowledge, session, verbs, wire
 from edge_sdk.adapters import AdapterSpec, Array, Arrays, add, below, shapes_of
 from edge_sdk.bundle import File
 from edge_sdk.cohort import Request
@@ -173,6 +173,7 @@ class Agent:
         variant: of the bundle; "" for the recommended one.
         model: which bundle, in a run that has several; "" for the first.
         token: admits this device to a server that knows its devices, at the first contact.
+        only_secure: it shares what it learned in secure averaging only, whatever the server says of its run.
         limits: what training may cost. policy: when it may run. look: tells how the device is.
         say: told one line per thing done.
         sleep: waits that many seconds.
@@ -193,6 +194,7 @@ class Agent:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         model: str = "",
         token: str = "",
+        only_secure: bool = False,
     ) -> None:
         self._store = store
         self._api = Api(transport)
@@ -200,6 +202,7 @@ class Agent:
         self._name = name
         self._threads = threads
         self._variant, self._model, self._token = variant, model, token
+        self._only_secure = only_secure
         self._limits, self._policy, self._look = limits, policy, look
         self._say = say
         self._sleep = sleep
@@ -314,7 +317,10 @@ class Agent:
     async def _send(self) -> Event:
         await self._enroll()  # a result of another run is dropped there
         parcel = self._store.pending()
-        if parcel is not None:
+        if parcel is not None and parcel.content_type == wire.TENSORS_TYPE and self._only_secure:
+            self._store.delivered()
+            self._say("dropped an update that was to be shared by itself")
+        elif parcel is not None:
             receipt = await self._api.send(parcel.content_type, parcel.body)
             self._store.delivered()
             self._delivered += parcel.content_type == wire.TENSORS_TYPE
@@ -323,9 +329,9 @@ class Agent:
 
     async def _do(self, work: Train | Predict | Evaluate | Finished | Request) -> None:
         """Gets the adapter, works, and puts the result into the outbox; of a finished run only the adapter is kept."""
+        consent.check(manifest := self._manifest or self._known() or await self._enroll(), work, self._only_secure)
         if isinstance(work, Request):
             secure = _secure()
-            manifest = self._manifest or self._known() or await self._enroll()
             self._store.post(parcel := await asyncio.to_thread(secure.speak, self._store, manifest, work))
             self._say(f"secure averaging: {secure.told(work)}, {len(parcel.body):,} bytes")
             return
@@ -577,6 +583,7 @@ class Agent:
                     f"the server speaks protocol {manifest.protocol}, this device {PROTOCOL}; update the older one"
                 )
             known, changed = self._known(), ""
+            consent.check_manifest(known, manifest)
             if self._store.fact("run") not in (None, manifest.run):
                 changed = "the server started another run"
             elif known is not None and known.bundle != manifest.bundle:

@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     with_server(verb("join", _join, "meet the server once, with a token where it wants one, and do nothing else"))
     run = verb("run", _run, "take part until the run is over")
     with_server(run)
+    run.add_argument(
+        "--only-secure", action="store_true", help="share what it learned in secure averaging only, whatever the server says"
+    )
     limits, policy = Limits(), Policy()
     costs = run.add_argument_group("what training may cost (docs/training.md)")
     for name, default, text in (
@@ -178,6 +181,7 @@ def _run(args: argparse.Namespace) -> int:
                 say=_say,
                 model=args.model,
                 token=args.token,
+                only_secure=args.only_secure,
             )
             task = asyncio.ensure_future(agent.run())
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -30,14 +30,37 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of these messages; carries no behaviour."""
 
 
+class Quorum(Message, frozen=True):
+    """How many devices a cohort of a run has.
+
+    A device tells, for each peer, a share of its seed or of its mask key, as the server says that it survived or dropped out. A
+    lying server that owns no device and tells different devices different lists, to lay open the vector of one of them, A, needs
+
+    - threshold shares of A's seed; as many of A's mask key are then out of reach, since 2 threshold > size;
+    - so those of the mask keys of A's peers, which are at least threshold - 1: (threshold - 1) threshold shares. Each device says
+      of at most size - threshold others that they dropped, so no more than size (size - threshold) are told.
+
+    With 3 threshold > 2 size the first is the larger.
+
+    Args:
+        size: devices at most.
+        threshold: devices without which nothing comes out; more than two thirds of `size`.
+    """
+
+    size: int
+    threshold: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.size <= MAX_MEMBERS or not 2 * self.size < 3 * self.threshold <= 3 * self.size:
+            raise SettingsError(f"a cohort has 2 to {MAX_MEMBERS} devices, and a threshold of more than two thirds of them")
+
+
 class Terms(Message, frozen=True):
     """Server -> device: what a cohort is.
 
     Args:
         cohort: its id, never used again.
-        size: devices it has at most.
-        threshold: devices without which nothing comes out, and as many as must betray a device together; more than half of
-            `size`, so that a lying server that owns no device cannot get enough shares of both kinds from different devices.
+        size, threshold: as in `Quorum`.
         length: of a device's vector.
         clip: largest absolute value of an element; what is beyond is cut.
         max_weight: largest weight of a device.
@@ -51,8 +74,7 @@ class Terms(Message, frozen=True):
     max_weight: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.size <= MAX_MEMBERS or not self.size < 2 * self.threshold <= 2 * self.size:
-            raise SettingsError(f"a cohort has 2 to {MAX_MEMBERS} devices, and a threshold of more than half of them")
+        _ = self.quorum
         if not 1 <= self.length <= MAX_LENGTH or self.max_weight < 1 or not 1e-6 <= self.clip < math.inf:
             raise SettingsError(
                 f"a cohort's length must be 1 to {MAX_LENGTH}, max_weight at least 1, clip finite and at least 1e-6"
@@ -61,6 +83,11 @@ class Terms(Message, frozen=True):
             raise SettingsError(
                 f"size * max_weight * clip leaves 32 bits too coarse for an error of {MAX_ERROR}; lower max_weight or clip"
             )
+
+    @property
+    def quorum(self) -> Quorum:
+        """Raises: SettingsError: there is none of this size and threshold."""
+        return Quorum(self.size, self.threshold)
 
     @property
     def scale(self) -> int:

@@ -67,6 +67,7 @@ class EdgeDevice:
         cache: folder for model files; the user's cache by default.
         say: told one line per thing done; prints to stderr by default.
         token: admits this device at the first contact, where the server wants one.
+        only_secure: share what it learned in secure averaging only, whatever the server says of its run.
         ca: file of the server's certificate; by default it has to be one the system trusts.
     """
 
@@ -83,6 +84,7 @@ class EdgeDevice:
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
         token: str = "",
         ca: Path | None = None,
+        only_secure: bool = False,
     ) -> None:
         self._store = Store(Path(home).expanduser())
         self._server = server
@@ -92,7 +94,7 @@ class EdgeDevice:
         self._limits, self._policy = limits, policy
         self._cache = cache or cache_folder()
         self._say = say
-        self._token, self._ca = token, ca
+        self._token, self._ca, self._only_secure = token, ca, only_secure
         self._engine: tuple[Manifest, Engine] | None = None
         self._worn = "nothing yet"  # stamp of the adapter that the engine wears
 
@@ -221,4 +223,5 @@ class EdgeDevice:
             policy=self._policy,
             say=self._say,
             token=self._token,
+            only_secure=self._only_secure,
         )

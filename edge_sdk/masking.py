@@ -5,8 +5,9 @@ device uploads its weighted vector plus masks: one it shares with each peer, whi
 the peers help to take off. What would take off the mask of one device is spread over all as Shamir shares.
 
 The server is taken to be semi-honest. Beyond that a device refuses what a lying server could ask of it (see `unmask_shares`), but
-nobody vouches for keys, and devices do not compare their lists of survivors: a server that lies and owns c of the devices learns
-the others' vectors where 2 threshold <= size + c.
+nobody vouches for keys, and devices do not compare their lists of peers and survivors. `cohort.Quorum` says why a server that
+lies gets the vector of no single device all the same. It may get sums of fewer than the threshold, and single vectors where it
+owns c of the devices and (threshold - 1 - c) (threshold - c) <= (size - c) (size - threshold): docs/systems/fedcollm.md.
 
 Everything secret of a device in a cohort follows from 32 fresh bytes, so the same messages get the same answers, bit for bit.
 Needs the package `cryptography`, so nothing else here may import this module at its top.

@@ -1,4 +1,4 @@
-"""Every message between a device and the server, as frozen typed values; version 5.
+"""Every message between a device and the server, as frozen typed values; version 6.
 
 A device enrols and gets the `Manifest`, then asks for work again and again: `Train`, `Predict`, `Evaluate`, `Wait` or
 `Finished`. What came of it goes back as an `Update` or a `Judgment` (beside tensors), an `Evaluation` or `Trained`, and is
@@ -15,14 +15,14 @@ import msgspec
 from edge_sdk.adapters import AdapterSpec
 from edge_sdk.bundle import Bundle, File
 from edge_sdk.codec import Encoding
-from edge_sdk.cohort import Request
+from edge_sdk.cohort import Quorum, Request
 from edge_sdk.errors import DataError, SettingsError
 from edge_sdk.judgments import Form
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Task
 from edge_sdk.training.batches import Training
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAX_K = 256  # tokens that a position of knowledge may have
 
 Metrics = dict[str, float]
@@ -53,6 +53,8 @@ class Manifest(Message, frozen=True):
         adapter: what is averaged, as a whole.
         min_layers, min_rank: a device may train so much less of it, the layers nearest the output and the first components;
             0 for no choice.
+        secure: of how many devices a cohort is, where the server averages what they learn without seeing any single update; None
+            where it does not.
     """
 
     protocol: int
@@ -63,6 +65,7 @@ class Manifest(Message, frozen=True):
     run: str = ""
     min_layers: int = 0
     min_rank: int = 0
+    secure: Quorum | None = None
 
     def part(self, layers: int, rank: int) -> AdapterSpec:
         """What a device trains that chose so many layers and so large a rank; 0 for all there are.

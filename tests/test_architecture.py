@@ -28,7 +28,7 @@ PURE = [
         f"edge_sdk/{name}.py"
         for name in (
             *("protocol", "wire", "adapters", "tasks", "softlabels", "session", "eligibility", "verbs", "judgments"),
-            *("codec", "cohort", "masking", "identity", "alignment", "knowledge", "corpus"),
+            *("codec", "cohort", "consent", "masking", "identity", "alignment", "knowledge", "corpus"),
             *("training/batches", "training/depth"),
         )
     ),

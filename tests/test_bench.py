@@ -506,7 +506,7 @@ def test_targets_that_are_missed() -> None:
 
 
 # Secure averaging -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("devices", [3, 4, 7])
+@pytest.mark.parametrize("devices", [4, 5, 7])
 def test_a_secure_mean_of_the_bench_is_the_plain_one(devices: int) -> None:
     """With one device dropped, no element is off by more than is promised, and that is less than 1e-5."""
     assert 0 < secure.error(factories.SPEC, devices) <= secure.terms_of(devices, 40).error < 1e-5
@@ -515,16 +515,16 @@ def test_a_secure_mean_of_the_bench_is_the_plain_one(devices: int) -> None:
 def test_a_cohort_of_the_bench_is_what_server_and_devices_do() -> None:
     """The last two never send what they masked: the sum is the weighted mean of the rest, and costs what its messages weigh."""
     rng = np.random.default_rng(3)
-    values, weights = [rng.normal(0, 1, 6).astype(np.float32) for _ in range(5)], [1, 60, 7, 11, 13]
-    ended = secure.run_cohort(secure.terms_of(5, 6), values, weights, 2, seed=4)
+    values, weights = [rng.normal(0, 1, 6).astype(np.float32) for _ in range(7)], [1, 60, 7, 11, 13, 2, 3]
+    ended = secure.run_cohort(secure.terms_of(7, 6), values, weights, 2, seed=4)
     mean, weight = unmasking.unmask(ended.cohort, ended.vectors)
 
-    assert (ended.cohort.phase, len(ended.vectors), weight) == ("done", 3, 68)
-    assert list(ended.cohort.uploads) == [f"{i:032x}" for i in range(3)]
-    assert ended.cohort.adverts.keys() == ended.cohort.shares.keys() == {f"{i:032x}" for i in range(5)}
-    np.testing.assert_allclose(mean, np.average(values[:3], axis=0, weights=weights[:3]), atol=1e-6, rtol=0)
+    assert (ended.cohort.phase, len(ended.vectors), weight) == ("done", 5, 92)
+    assert list(ended.cohort.uploads) == [f"{i:032x}" for i in range(5)]
+    assert ended.cohort.adverts.keys() == ended.cohort.shares.keys() == {f"{i:032x}" for i in range(7)}
+    np.testing.assert_allclose(mean, np.average(values[:5], axis=0, weights=weights[:5]), atol=1e-6, rtol=0)
     messages = [*ended.cohort.adverts.values(), *ended.cohort.shares.values(), *ended.cohort.reveals.values()]
-    assert ended.sent == sum(len(wire.encode(message)) for message in messages) // 5
+    assert ended.sent == sum(len(wire.encode(message)) for message in messages) // 7
     for value, own, vector in zip(values, weights, ended.vectors, strict=False):
         assert not (masking.encode(value, own, ended.cohort.terms) == vector).any()
 

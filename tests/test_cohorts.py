@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_sdk import secure
 from edge_sdk.adapters import AdapterSpec, Arrays, Slot
-from edge_sdk.cohort import Join, Mask, Masked, SealShares, Survivors, Terms, Unmask
+from edge_sdk.cohort import Join, Mask, Masked, Quorum, SealShares, Survivors, Terms, Unmask
 from edge_sdk.errors import SettingsError
 from edge_sdk.masking import Member, join, masked, receive, share, unmask_shares
 from edge_sdk.protocol import Update
@@ -45,7 +45,7 @@ def test_terms_are_the_settings_for_this_adapter() -> None:
     """As many devices as a buffer, the settings' threshold, clip and weight, the adapter's length, and the name given."""
     settings = Secure(threshold=4, clip=0.5, max_weight=9, join_seconds=1.0, phase_seconds=2.0)
 
-    assert cohorts.terms(settings, 6, FREE, "run-0-0", 10) == Terms("run-0-0", 6, 4, 40, 0.5, 9)
+    assert cohorts.terms(settings, 5, FREE, "run-0-0", 10) == Terms("run-0-0", 5, 4, 40, 0.5, 9)
 
 
 def test_an_update_counts_for_the_smaller_of_both_limits() -> None:
@@ -59,9 +59,9 @@ def test_the_defaults_go_together() -> None:
 
 
 # What a device does next ---------------------------------------------------------------------------------------------
-OF = Terms("one", size=7, threshold=4, length=4, clip=1.0, max_weight=8)
-DEVICES = [f"d{i}" for i in range(1, 9)]
-ANSWERED = {"advertise": 6, "share": 5, "upload": 4, "unmask": 4}  # d7 never joins, d6 shares nothing, d5 masks nothing
+OF = Terms("one", size=10, threshold=7, length=4, clip=1.0, max_weight=8)
+DEVICES = [f"d{i:x}" for i in range(1, 12)]
+ANSWERED = {"advertise": 9, "share": 8, "upload": 7, "unmask": 7}  # da never joins, d9 shares nothing, d8 masks nothing
 
 
 def walk(until: Phase) -> Cohort:
@@ -108,11 +108,11 @@ def test_whoever_has_not_joined_is_asked_to() -> None:
 def test_nobody_is_asked_to_join_a_full_cohort() -> None:
     """With as many keys as places, whoever comes next waits."""
     cohort, members = Cohort(OF, deadline=10.0), dict[str, Member]()
-    for device in DEVICES[:6]:
+    for device in DEVICES[:9]:
         cohort = said(cohort, members, device)
 
-    assert planned(cohort) == {device: Join(3, OF) for device in ("d7", "d8")}
-    assert planned(said(cohort, members, "d7")) == {}
+    assert planned(cohort) == {device: Join(3, OF) for device in ("da", "db")}
+    assert planned(said(cohort, members, "da")) == {}
 
 
 def test_whoever_has_joined_is_asked_for_shares() -> None:
@@ -120,25 +120,25 @@ def test_whoever_has_joined_is_asked_for_shares() -> None:
     cohort = walk("share")
     requests = planned(cohort)
 
-    assert requests == {device: SealShares(3, unmasking.roster(cohort)) for device in DEVICES[1:6]}
-    assert requests["d2"].roster.ids == DEVICES[:6]
+    assert requests == {device: SealShares(3, unmasking.roster(cohort)) for device in DEVICES[1:9]}
+    assert requests["d2"].roster.ids == DEVICES[:9]
 
 
 def test_whoever_has_shared_is_asked_for_its_vector() -> None:
-    """Each gets what its four peers sealed for it, and nobody what is another's; d6, which shared nothing, waits."""
+    """Each gets what its seven peers sealed for it, and nobody what is another's; d9, which shared nothing, waits."""
     cohort = walk("upload")
     requests = planned(cohort)
 
-    assert requests == {device: Mask(3, unmasking.delivery(cohort, device)) for device in DEVICES[1:5]}
+    assert requests == {device: Mask(3, unmasking.delivery(cohort, device)) for device in DEVICES[1:8]}
     for device, request in requests.items():
         assert request.delivery.device == device
-        assert request.delivery.sealed.keys() == set(DEVICES[:5]) - {device}
+        assert request.delivery.sealed.keys() == set(DEVICES[:8]) - {device}
 
 
 def test_whoever_has_masked_is_asked_to_unmask() -> None:
-    """One list for all: four survived, d5 dropped; d5 itself is asked for nothing more."""
+    """One list for all: seven survived, d8 dropped; d8 itself is asked for nothing more."""
     assert planned(walk("unmask")) == {
-        device: Unmask(3, Survivors("one", ("d1", "d2", "d3", "d4"), ("d5",))) for device in DEVICES[1:4]
+        device: Unmask(3, Survivors("one", tuple(DEVICES[:7]), ("d8",))) for device in DEVICES[1:7]
     }
 
 
@@ -199,9 +199,9 @@ def test_a_phase_without_an_end_is_refused(settings: dict[str, float], said: str
 @pytest.mark.parametrize(
     ("buffer_size", "settings", "said"),
     [
-        (4, Secure(threshold=2), "more than half"),
-        (3, Secure(threshold=1), "more than half"),
-        (5, Secure(threshold=6), "more than half"),
+        (4, Secure(threshold=2), "more than two thirds"),
+        (3, Secure(threshold=2), "more than two thirds"),
+        (5, Secure(threshold=6), "more than two thirds"),
         (1, Secure(threshold=1), "2 to 128 devices"),
         (129, Secure(threshold=100), "2 to 128 devices"),
         (4, Secure(clip=0.0), "clip"),
@@ -217,8 +217,8 @@ def test_settings_that_make_no_cohort_are_refused(buffer_size: int, settings: Se
         LpFl(buffer_size=buffer_size, max_examples=10**6, secure=settings)
 
 
-@pytest.mark.parametrize(("buffer_size", "threshold"), [(2, 2), (3, 2), (4, 3), (5, 3), (128, 65), (4, 4)])
-def test_the_smallest_threshold_is_one_more_than_half(buffer_size: int, threshold: int) -> None:
+@pytest.mark.parametrize(("buffer_size", "threshold"), [(2, 2), (3, 3), (4, 3), (5, 4), (128, 86), (4, 4)])
+def test_the_smallest_threshold_is_more_than_two_thirds(buffer_size: int, threshold: int) -> None:
     """And all of them is the largest; both make a cohort."""
     made = LpFl(buffer_size=buffer_size, secure=Secure(threshold=threshold))
 
@@ -262,6 +262,15 @@ def test_what_can_be_summed_is_a_run(system: str, freeze_a: bool) -> None:
 
     assert averaged is not None
     assert averaged.secure == Secure()
+
+
+def test_devices_are_told_of_how_many_a_cohort_is() -> None:
+    """As many as a buffer, and the threshold, in both systems that average unseen; nothing where updates are bare, or stay."""
+    unseen = LpFl(buffer_size=7, secure=Secure(threshold=5))
+    runs = [run_of(unseen), run_of(unseen, "fedcollm"), run_of(LpFl()), run_of(LpFl(), "fedcollm"), run_of(LpFl(), "crosslm")]
+    told = [run_settings.manifest(run, factories.bundle()).secure for run in runs]
+
+    assert told == [Quorum(7, 5), Quorum(7, 5), None, None, None]
 
 
 def test_a_file_says_so_in_one_table(tmp_path: Path) -> None:

@@ -470,7 +470,7 @@ def test_status_tells_of_sheets() -> None:
 
 # Secure averaging -----------------------------------------------------------------------------------------------------
 def terms(name: str, size: int = 2) -> Terms:
-    return Terms(name, size, 2, 5, 1.0, 64)
+    return Terms(name, size, size * 2 // 3 + 1, 5, 1.0, 64)
 
 
 def keys(device: str, cohort: str = "c0", first: int = 0) -> Advertise:
@@ -553,7 +553,8 @@ def test_a_published_version_ends_its_cohort() -> None:
 def test_a_tick_ends_a_phase_only_when_its_time_is_over() -> None:
     """A moment before the deadline nothing happens; at it the cohort goes on, or fails for want of answers."""
     one, both = replay(*OPENED_EVENTS, ALL_ANSWERS[0]), replay(*OPENED_EVENTS, *ALL_ANSWERS[:4])
-    three = replay(*AT_0_EVENTS, Opened(terms("c0", 3), 10.0, 5.0), *ALL_ANSWERS[:2])
+    four = *AT_0_EVENTS, Enrolled("d3", "three"), Opened(terms("c0", 4), 10.0, 5.0)
+    three = replay(*four, *ALL_ANSWERS[:2], say(keys("d3"), 3.0))
 
     assert apply(one, Ticked(9.99)) == one
     assert apply(one, Ticked(10.0)).cohort == Failed(
@@ -940,14 +941,14 @@ passing = st.builds(Pass, st.sampled_from([0.5, 1.0, 6.0]), st.booleans())
 
 @st.composite
 def cohort_lives(draw: st.DrawFn) -> list[object]:
-    """Up to four cohorts of three devices, of which one may be off from some phase on, with anything at all in between."""
+    """Up to four cohorts of four devices, of which one may be off from some phase on, with anything at all in between."""
     moves: list[object] = []
     for _ in range(draw(st.integers(0, 4))):
-        there = draw(st.permutations(["d1", "d2", "d3", "d4"]))[:3]
+        there = draw(st.permutations(["d1", "d2", "d3", "d4", "d5"]))[:4]
         off = draw(st.sampled_from([*PHASES, "never", "never"]))
         for phase in PHASES:
             if phase == off:
-                there = there[: draw(st.sampled_from([1, 2, 2, 2]))]
+                there = there[: draw(st.sampled_from([2, 3, 3, 3]))]
             moves += [Speak(device, phase) for device in there]
             moves += [Pass(6.0)] if phase == off and phase != "unmask" else []
             moves += draw(st.sampled_from([0, 0, 1]).flatmap(lambda most: st.lists(speaking, max_size=most)))
@@ -957,9 +958,9 @@ def cohort_lives(draw: st.DrawFn) -> list[object]:
 
 @dataclass
 class Masking:
-    """A run of masked updates, whose cohorts have three places and need two, beside a bookkeeper of keys and vectors."""
+    """A run of masked updates, whose cohorts have four places and need three, beside a bookkeeper of keys and vectors."""
 
-    events: list[Event] = field(default_factory=lambda: [Published(0, "a0", 0), *(Enrolled(f"d{i}", "x") for i in range(1, 5))])
+    events: list[Event] = field(default_factory=lambda: [Published(0, "a0", 0), *(Enrolled(f"d{i}", "x") for i in range(1, 6))])
     now: float = 0.0
     used: dict[bytes, str] = field(default_factory=dict)  # key -> cohort
     versions: list[tuple[str, ...]] = field(default_factory=list)  # whose vectors made them
@@ -967,7 +968,7 @@ class Masking:
 
     def __post_init__(self) -> None:
         self.state = replay(*self.events)
-        self._record(Opened(terms("c0", 3), 5.0, 5.0))
+        self._record(Opened(terms("c0", 4), 5.0, 5.0))
 
     def handle(self, move: object) -> None:
         match move, self.state.cohort:
@@ -985,7 +986,7 @@ class Masking:
                     self._record(Published(self.state.version + 1, f"a{self.state.version + 1}", 0))
             case Pass(seconds), _:
                 self.now += seconds
-                self._record(Opened(terms(f"c{self.state.cohorts}", 3), self.now + 5, 5.0))
+                self._record(Opened(terms(f"c{self.state.cohorts}", 4), self.now + 5, 5.0))
 
     def _speak(self, move: Speak, number: int, there: Cohort) -> None:
         name, dropped = f"c{number}", there.shares.keys() - there.uploads.keys()
@@ -1038,7 +1039,7 @@ def test_replaying_a_run_of_masked_updates_gives_the_same_state(sequence: list[o
 @strategies.fuzzing
 @given(cohort_lives())
 def test_cohorts_keys_and_vectors_add_up(sequence: list[object]) -> None:
-    """A version is of two or three devices' vectors; nobody is in a phase that was not in the one before; no key comes again."""
+    """A version is of three or four devices' vectors; nobody is in a phase that was not in the one before; no key comes again."""
     made = mask(sequence)
     said = [event.answer for event in made.events if isinstance(event, Answered)]
     vectors = [event for event in made.events if isinstance(event, Answered) and event.blob]
@@ -1046,7 +1047,7 @@ def test_cohorts_keys_and_vectors_add_up(sequence: list[object]) -> None:
 
     assert len({(type(answer), answer.device, answer.cohort) for answer in said}) == len(said)
     assert made.state.version == len(made.versions)
-    assert all(2 <= len(version) <= 3 for version in made.versions)
+    assert all(3 <= len(version) <= 4 for version in made.versions)
     assert sum(device.updates for device in made.state.devices.values()) == len(vectors)
     assert sum(device.uploaded_bytes for device in made.state.devices.values()) == 7 * len(vectors)
     assert made.state.cohorts == sum(isinstance(event, Opened) for event in made.events)
@@ -1057,15 +1058,15 @@ def test_cohorts_keys_and_vectors_add_up(sequence: list[object]) -> None:
 
 
 def test_the_sequences_above_make_versions() -> None:
-    """Such moves lead to versions of three and of two devices, with a cohort between them that was lost."""
-    three: list[object] = [Speak(device, phase) for phase in PHASES for device in ("d1", "d2", "d3")]
-    two: list[object] = []
+    """Such moves lead to versions of four and of three devices, with a cohort between them that was lost."""
+    four: list[object] = [Speak(device, phase) for phase in PHASES for device in ("d1", "d2", "d3", "d4")]
+    three: list[object] = []
     for phase in PHASES:
-        two += [Speak(device, phase) for device in ("d1", "d2", "d3")[: 2 + (phase in PHASES[:2])]]
-        two += [Pass(6.0)] if phase == "upload" else []
-    two.append(Pass(0.0))
-    made = mask([*three, Pass(0.0), Pass(0.0), *three, Pass(0.0, lied=True), Pass(0.0), *two])
+        three += [Speak(device, phase) for device in ("d1", "d2", "d3", "d4")[: 3 + (phase in PHASES[:2])]]
+        three += [Pass(6.0)] if phase == "upload" else []
+    three.append(Pass(0.0))
+    made = mask([*four, Pass(0.0), Pass(0.0), *four, Pass(0.0, lied=True), Pass(0.0), *three])
 
-    assert made.versions == [("d1", "d2", "d3"), ("d1", "d2")]
+    assert made.versions == [("d1", "d2", "d3", "d4"), ("d1", "d2", "d3")]
     assert sum(isinstance(event, Lost) for event in made.events) == 1
-    assert made.refused == {"too-late"}  # the last phase waits for two
+    assert made.refused == {"too-late"}  # the last phase waits for three

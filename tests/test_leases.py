@@ -187,7 +187,7 @@ def test_a_clock_that_is_set_back_shuts_nobody_out() -> None:
 
 # On a server ----------------------------------------------------------------------------------------------------------
 def secure(**lpfl: Any) -> RunSettings:
-    return settings(secure=Secure(threshold=2), **lpfl)
+    return settings(secure=Secure(threshold=3), **lpfl)
 
 
 @pytest.mark.parametrize("run", [settings, with_auxiliary, secure], ids=["lpfl", "fedcollm", "secure"])

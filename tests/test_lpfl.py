@@ -290,7 +290,7 @@ def test_settings_out_of_bounds_are_refused(name: str, value: Any) -> None:
     ("together", "words"),
     [
         ({"secure": Secure(), "rule": Median()}, "hides single updates, and lpfl.rule looks at each"),
-        ({"secure": Secure(), "rule": Krum(), "buffer_size": 5}, "hides single updates"),
+        ({"secure": Secure(4), "rule": Krum(), "buffer_size": 5}, "hides single updates"),
         ({"secure": Secure(), "rule": NormBounded()}, "hides single updates"),
         ({"secure": Secure(), "upload": "int8"}, "has an encoding of its own"),
         ({"average": "products", "rule": Median()}, "take factors, or krum"),

@@ -53,7 +53,7 @@ from edge_sdk.masking import (
 from tests import strategies
 
 IDS = ("d-0", "d-1", "d-2", "d-3")
-LARGE = Terms("large", size=32, threshold=17, length=6, clip=4.0, max_weight=64)
+LARGE = Terms("large", size=32, threshold=22, length=6, clip=4.0, max_weight=64)
 VALUES = np.array([0.5, -0.25, 0.0, 1.0, -1.0], np.float32)
 
 
@@ -157,7 +157,8 @@ def test_what_cannot_be_encoded_is_refused() -> None:
 @pytest.mark.parametrize(
     ("size", "threshold", "length", "clip", "max_weight"),
     [
-        (4, 2, 5, 1.0, 1),  # half is not enough
+        (4, 2, 5, 1.0, 1),
+        (6, 4, 5, 1.0, 1),  # two thirds are not enough
         (4, 5, 5, 1.0, 1),
         (1, 1, 5, 1.0, 1),
         (MAX_MEMBERS + 1, MAX_MEMBERS, 5, 1.0, 1),
@@ -166,12 +167,12 @@ def test_what_cannot_be_encoded_is_refused() -> None:
         (4, 3, 5, math.inf, 1),
         (4, 3, 5, 0.0, 1),
         (4, 3, 5, 1.0, 0),
-        (32, 17, 5, 4.0, 10_000),  # too coarse
-        (32, 17, 5, 1e12, 1),
+        (32, 22, 5, 4.0, 10_000),  # too coarse
+        (32, 22, 5, 1e12, 1),
     ],
 )
 def test_terms_out_of_bounds_are_refused(size: int, threshold: int, length: int, clip: float, max_weight: int) -> None:
-    """A threshold that lets one device be asked both ways, no length, no clip, and a mean that would be off by over 1e-4."""
+    """A threshold with which single vectors can be had, no length, no clip, and a mean that would be off by over 1e-4."""
     with pytest.raises(SettingsError):
         Terms("bad", size, threshold, length, clip, max_weight)
 
@@ -245,7 +246,7 @@ def test_a_masked_vector_by_hand() -> None:
 
 def test_a_masked_vector_looks_like_noise() -> None:
     """The bytes of an upload of 2^16 zeros are even: chi-square of 255 degrees below its 99.9th percentile, 330.5."""
-    long = Terms("long", size=3, threshold=2, length=1 << 16, clip=1.0, max_weight=1)
+    long = Terms("long", size=3, threshold=3, length=1 << 16, clip=1.0, max_weight=1)
     devices = Devices(long, IDS[:3])
     _, vector = masked(devices.received("d-1", IDS[:3]), np.zeros(1 << 16, np.float32), 1)
     counts = np.bincount(np.frombuffer(pack(vector), np.uint8), minlength=256)
@@ -583,6 +584,83 @@ def test_a_device_that_was_killed_goes_on_with_the_same_bytes() -> None:
     assert masked(reread(member), VALUES, 3)[1].tolist() == vector.tolist()
     member, reveal = unmask_shares(reread(member), Survivors("one", IDS, ()))
     assert unmask_shares(reread(member), Survivors("one", IDS, ())) == (member, reveal)
+
+
+# A server that lies --------------------------------------------------------------------------------------------------
+class Split:
+    """A server that owns no device tells each another story, to get the vector of the first: that one hears of as few peers as
+    it may, the others in turn that some of these have dropped out.
+
+    Args:
+        lacks: how many shares of the mask key of each of these peers it does not get.
+    """
+
+    def __init__(self, of: Terms) -> None:
+        self.ids = [f"d-{k}" for k in range(of.size)]
+        self.victim, self.peers = self.ids[0], self.ids[1 : of.threshold]
+        self.devices, self.reveals = Devices(of, self.ids), list[Reveal]()
+        self.lacks = dict.fromkeys(self.peers, of.threshold)
+        for id in self.ids:
+            told = [self.victim, *self.peers] if id == self.victim else self.ids
+            member, vector = masked(self.devices.received(id, told), VALUES, 3)
+            if id == self.victim:
+                self.vector, dropped = vector, list[str]()
+            else:
+                wanted = [peer for peer in self.peers if peer != id and self.lacks[peer]]
+                dropped = sorted(wanted, key=lambda peer: -self.lacks[peer])[: of.size - of.threshold]
+            for peer in dropped:
+                self.lacks[peer] -= 1
+            survivors = Survivors(of.cohort, tuple(other for other in told if other not in dropped), tuple(dropped))
+            self.reveals.append(unmask_shares(member, survivors)[1])
+
+    def bare(self) -> Ring:
+        """The first device's vector without any mask."""
+        bound, vector, own = binding(self.devices.roster), self.vector.copy(), self.devices.roster.members[0].mask_key
+        add_mask(vector, self_key(self._secret("seeds", self.victim), bound, self.victim), -1)
+        for peer in self.peers:  # which come after it, so it has added their masks
+            add_mask(vector, pair_key(self._secret("keys", peer), own, bound, peer, self.victim), -1)
+        return vector
+
+    def _secret(self, kind: str, device: str) -> bytes:
+        told = {self.ids.index(said.device) + 1: getattr(said, kind).get(device) for said in self.reveals}
+        shares = {x: int.from_bytes(share) for x, share in told.items() if share is not None}
+        some = dict([*shares.items()][: self.devices.roster.terms.threshold])
+        return recover(some, lagrange(some)).to_bytes(32)
+
+
+LET_THROUGH = [(size, threshold) for size in range(2, MAX_MEMBERS + 1) for threshold in range(size * 2 // 3 + 1, size + 1)]
+
+
+def test_different_lists_tell_too_few_shares_for_one_vector() -> None:
+    """`Quorum`'s count, for every size and threshold that is let through; one threshold less is not."""
+    for size, threshold in LET_THROUGH:
+        of = Terms("c", size, threshold, 1, 1.0, 1)
+        assert 2 * of.threshold > of.size
+        assert (of.threshold - 1) * of.threshold > of.size * (of.size - of.threshold)
+    for size in range(2, MAX_MEMBERS + 1):
+        with pytest.raises(SettingsError, match="more than two thirds"):
+            Terms("c", size, size * 2 // 3, 1, 1.0, 1)
+
+
+@pytest.mark.parametrize(("size", "threshold"), [of for of in LET_THROUGH if of[0] <= 9])
+def test_a_server_that_splits_a_cohort_lacks_shares(size: int, threshold: int) -> None:
+    """It gets what each of the others may say, (size - threshold) keys' shares, and needs `threshold` for each peer."""
+    server = Split(Terms("split", size, threshold, 5, 2.0, 16))
+    dropped = [len(said.keys) for said in server.reveals]
+
+    assert dropped == [0] + [size - threshold] * (size - 1)
+    assert sum(server.lacks.values()) == (threshold - 1) * threshold - sum(dropped) > 0
+
+
+@pytest.mark.parametrize(("size", "threshold"), [(5, 3), (7, 4), (8, 5)])
+def test_with_more_than_half_it_would_lack_none(size: int, threshold: int) -> None:
+    """The same server where no rule is in its way has one device's vector, bare, so the test above can fail."""
+    of = Terms("split", size, size, 5, 2.0, 16)
+    msgspec.structs.force_setattr(of, "threshold", threshold)
+    server = Split(of)
+
+    assert not any(server.lacks.values())
+    assert server.bare().tolist() == encode(VALUES, 3, of).tolist()
 
 
 def test_a_member_does_not_print_its_secrets() -> None:

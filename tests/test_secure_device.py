@@ -19,7 +19,7 @@ from edge_sdk.agent import ADAPTER, Agent
 from edge_sdk.cohort import Advertise, Answer, Join, Mask, Masked, Request, Reveal, SealShares, Shares, Survivors, Terms, Unmask
 from edge_sdk.errors import DataError, MissingRuntime, WireError
 from edge_sdk.masking import Member
-from edge_sdk.protocol import PROTOCOL, Finished, Manifest, Train, Trained, Update
+from edge_sdk.protocol import PROTOCOL, Finished, Manifest, Train, Trained, Update, Work
 from edge_sdk.session import PAUSE_AFTER_FAILED_WORK
 from edge_sdk.store import MEMBER, SPENT, UNSEEN, Parcel, Store
 from edge_sdk.testing import ServerSimulator
@@ -30,7 +30,7 @@ from tests import factories
 from tests.test_agent import Enough, PowerCut, World, fill
 
 MANIFEST = factories.manifest()
-PEERS = ("a", "c")  # one on each side of the device, which is `b`
+PEERS = {"a": 5, "c": 9, "d": 2}  # on each side of the device, which is `b`, and what they weigh
 
 
 def delta(seed: int, spec: AdapterSpec = factories.SPEC) -> dict[str, Array]:
@@ -43,12 +43,12 @@ def flat(arrays: dict[str, Array]) -> Array:
 
 
 def terms(name: str = "one", spec: AdapterSpec = factories.SPEC) -> Terms:
-    return Terms(name, 3, 2, cohorts.length(spec), clip=1.0, max_weight=64)
+    return Terms(name, 4, 3, cohorts.length(spec), clip=1.0, max_weight=64)
 
 
 @dataclass
 class Circle:
-    """The server's side of a cohort of the device `b` and two peers in memory, which weigh 5 and 9."""
+    """The server's side of a cohort of the device `b` and its peers in memory."""
 
     of: Terms
     version: int = 0
@@ -82,7 +82,7 @@ class Circle:
             case Mask(_, delivery):
                 opened = masking.receive(self.peers[peer], delivery)
                 values = np.random.default_rng(ord(peer)).normal(0, 0.1, self.of.length).astype(np.float32)
-                self.peers[peer], vector = masking.masked(opened, values, {"a": 5, "c": 9}[peer])
+                self.peers[peer], vector = masking.masked(opened, values, PEERS[peer])
                 return Masked(self.of.cohort, peer), vector
             case Unmask(_, survivors):
                 self.peers[peer], shown = masking.unmask_shares(self.peers[peer], survivors)
@@ -113,7 +113,7 @@ class Circle:
         values, weights = [own], [weight]
         for peer in self.cohort.uploads.keys() - {"b"}:
             values.append(np.random.default_rng(ord(peer)).normal(0, 0.1, self.of.length).astype(np.float32))
-            weights.append({"a": 5, "c": 9}[peer])
+            weights.append(PEERS[peer])
         mean, total = unmasking.unmask(self.cohort, self.vectors.values())
         np.testing.assert_allclose(mean, np.average(np.array(values, np.float64), axis=0, weights=weights), atol=1e-6, rtol=0)
         assert total == sum(weights)
@@ -163,7 +163,7 @@ def requests(store: Store, circle: Circle) -> Iterator[Request]:
 
 # What it says --------------------------------------------------------------------------------------------------------
 def test_a_device_goes_through_a_cohort(store: Store) -> None:
-    """Four requests, four answers, and what comes out is the plain weighted mean of all three."""
+    """Four requests, four answers, and what comes out is the plain weighted mean of all four."""
     circle = Circle(terms())
     asked = [type(request) for request in requests(store, circle)]
 
@@ -181,7 +181,7 @@ def test_what_it_must_remember_is_on_disk_before_it_speaks(store: Store) -> None
 
     assert (joined.terms, joined.device, len(joined.secret)) == (terms(), "b", 32)
     assert (joined.roster, shared.roster) == (None, unmasking.roster(circle.cohort))
-    assert (set(shared.inbox), set(sent.inbox)) == (set(), {"a", "b", "c"})
+    assert (set(shared.inbox), set(sent.inbox)) == (set(), {"a", "b", "c", "d"})
     assert (shared.uploaded, len(sent.uploaded)) == ("", 64)
     assert (sent.answered, shown.answered) == (None, unmasking.survivors(circle.cohort))
     assert {m.secret for m in seen} == {joined.secret}
@@ -235,7 +235,7 @@ def test_asked_to_join_again_it_forgets_nothing(store: Store) -> None:
     assert say(store, Join(0, terms())) == joined
     assert member(store) == everything
     with pytest.raises(WireError) as refused:
-        say(store, Unmask(0, Survivors("one", ("a", "b"), ("c",))))
+        say(store, Unmask(0, Survivors("one", ("a", "b", "d"), ("c",))))
     assert refused.value.code == "already-answered"
     other = msgspec.structs.replace(unmasking.roster(circle.cohort).members[0], mask_key=masking.public_key(b"9" * 32))
     roster = msgspec.structs.replace(
@@ -265,12 +265,14 @@ def test_a_peer_that_drops_out_is_taken_off(store: Store) -> None:
     for request in requests(store, circle):
         if isinstance(request, Mask):
             circle.off = ("c",)
-            circle.cohort = unmasking.Cohort(circle.of, 0.0, "upload", circle.cohort.adverts, circle.cohort.shares, {"a": "blob"})
+            circle.cohort = unmasking.Cohort(
+                circle.of, 0.0, "upload", circle.cohort.adverts, circle.cohort.shares, dict.fromkeys("ad", "blob")
+            )
             del circle.vectors["c"]
         if isinstance(request, Unmask):
             shown, _ = opened(say(store, request), circle.of)
             assert isinstance(shown, Reveal)
-            assert (set(shown.seeds), set(shown.keys)) == ({"a", "b"}, {"c"})
+            assert (set(shown.seeds), set(shown.keys)) == ({"a", "b", "d"}, {"c"})
 
     circle.check_mean(flat(delta(1)), 17)
 
@@ -389,7 +391,7 @@ def test_a_cohort_that_failed_before_costs_no_training(store: Store) -> None:
 # The agent -----------------------------------------------------------------------------------------------------------
 @dataclass
 class Round(World):
-    """An agent and its server, which forms a cohort with two peers while the agent sleeps."""
+    """An agent and its server, which forms a cohort with three peers while the agent sleeps."""
 
     circle: Circle | None = None
     heard: int = 0
@@ -417,13 +419,18 @@ class Round(World):
 def world(tmp_path: Path, encoder_bundle: Path) -> Iterator[Round]:
     bundle = bundles.read(encoder_bundle)
     spec = AdapterSpec(bundle.slots, rank=2, alpha=4.0)
-    server = ServerSimulator(Manifest(PROTOCOL, "lpfl", factories.ENCODER_TASK, spec, bundle))
+    manifest = Manifest(PROTOCOL, "lpfl", factories.ENCODER_TASK, spec, bundle, secure=terms().quorum)
+    server = ServerSimulator(manifest)
     for name in bundle.files:
         server.keep((encoder_bundle / name).read_bytes())
     made = Round(device(tmp_path / "home"), server, tmp_path / "cache", spec, circle=Circle(terms("one", spec)))
     server.work.append(train(made))
     yield made
     made.store.close()
+
+
+def plain(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(manifest, secure=None)
 
 
 def device(home: Path, kind: type[Store] = Store) -> Store:
@@ -482,6 +489,7 @@ async def test_what_is_kept_is_what_would_have_been_sent(world: Round, tmp_path:
     world.most_sleeps = 0
     with pytest.raises(Enough):
         await world.agent().run()
+    world.server.manifest = plain(world.server.manifest)
     world.server.work.append(train(world, share=True, masked=False))
     other = device(tmp_path / "other")
     await Agent(other, world.server, world.cache, "other", say=world.lines.append, sleep=world.sleep).run(updates=1)
@@ -494,6 +502,88 @@ async def test_what_is_kept_is_what_would_have_been_sent(world: Round, tmp_path:
     assert sent.metrics
     assert {name: array.tobytes() for name, array in learned.items()} == {name: a.tobytes() for name, a in shown.items()}
     assert world.server.bodies[0] == wire.encode(Trained("b", 0, 1, {}))
+
+
+async def refuses(world: Round, *work: Work, said: str, **options: Any) -> None:
+    """The agent says this to each, downloads nothing for it, and sends nothing."""
+    world.circle, world.most_sleeps = None, len(work) - 1
+    world.server.work[:] = work
+    with pytest.raises(Enough):
+        await world.agent(**options).run()
+
+    assert [line for line in world.lines if line.startswith("cannot work")] == [f"cannot work: not-secure: {said}"] * len(work)
+    assert world.slept == [PAUSE_AFTER_FAILED_WORK] * len(work)
+    assert not [path for _, path in world.server.requests if "/blobs/" in path]
+    assert world.server.bodies == []
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+async def test_a_server_that_asks_for_the_bare_update_gets_nothing(world: Round, averaged: bool) -> None:
+    """Neither instead of the masked one, nor once more for a version that it has averaged."""
+    if averaged:
+        world.store.set_fact(SPENT, "0")
+    bare = train(world, share=True, masked=False)
+    await refuses(world, bare, said="this run averages unseen, and the server asks for the update by itself")
+
+
+async def test_a_server_does_not_choose_who_is_in_a_cohort_with_it(world: Round) -> None:
+    """A cohort of two, of which one is the server's, would tell it the other's update."""
+    two = msgspec.structs.replace(terms("two", world.spec), size=2, threshold=2)
+    await refuses(world, Join(0, two), said="the cohort has another size or threshold than the manifest says")
+
+
+async def test_a_run_that_averages_plainly_asks_for_no_masked_update(world: Round) -> None:
+    """Neither training for a cohort, nor one of any size."""
+    world.server.manifest = plain(world.server.manifest)
+    join = Join(0, terms("one", world.spec))
+    await refuses(world, train(world), join, said="this run's manifest says nothing of secure averaging")
+
+
+async def test_a_device_may_be_for_secure_averaging_only(world: Round) -> None:
+    """Its owner need not believe what a manifest says: no bare update in any run, and in a secure one it takes part."""
+    secure_run, world.server.manifest = world.server.manifest, plain(world.server.manifest)
+    circle, work, most = world.circle, world.server.work[:], world.most_sleeps
+    said = "this device shares what it learned only in secure averaging, as its owner wants"
+    await refuses(world, train(world, share=True, masked=False), said=said, only_secure=True)
+
+    world.server.manifest, world.circle, world.most_sleeps = secure_run, circle, most
+    world.server.work[:] = work
+    await world.agent(only_secure=True).run()
+    check_sum(world)
+
+
+async def test_a_bare_update_that_waits_is_not_sent_any_more(world: Round) -> None:
+    """An owner who restarts the device as one for secure averaging only gets what was asked for; other words are sent."""
+    world.store.post(Parcel(wire.TENSORS_TYPE, wire.pack(Update("b", 0, 2, {}), delta(1, world.spec))))
+    world.server.work.clear()
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent(only_secure=True).run()
+    assert world.said("dropped an update that was to be shared by itself")
+    assert (world.store.pending(), world.server.bodies) == (None, [])
+
+    world.store.post(Parcel(wire.JSON_TYPE, wire.encode(Trained("b", 0, 1, {}))))
+    with pytest.raises(Enough):
+        await world.agent(only_secure=True).run()
+    assert world.server.results == [Trained("b", 0, 1, {})]
+
+
+async def test_a_run_that_has_averaged_unseen_does_not_end_to(world: Round) -> None:
+    """Another manifest for the same run is refused, by a new process too, and what the device keeps to itself stays."""
+    world.most_sleeps = 0
+    with pytest.raises(Enough):
+        await world.agent().run()
+    kept, told = (world.store.home / UNSEEN).read_bytes(), world.store.fact("manifest")
+    world.server.manifest = plain(world.server.manifest)
+    world.server.work[:] = [train(world, share=True, masked=False)]
+    asked = len(world.server.requests)
+    with pytest.raises(Enough):
+        await world.agent().run()
+
+    assert world.said("cannot work: not-secure: the server says now that this run averages otherwise than it has said before")
+    assert world.server.requests[asked:] == [("POST", "/v1/enroll")]
+    assert ((world.store.home / UNSEEN).read_bytes(), world.store.fact("manifest")) == (kept, told)
+    assert world.server.results == [Trained("b", 0, 1, {})]
 
 
 class Dying(Store):
@@ -618,6 +708,7 @@ async def test_without_cryptography_plain_training_works(world: Round, monkeypat
     """Only who averages masked updates needs the package."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "cryptography" else found(name, *args))
+    world.server.manifest = plain(world.server.manifest)
     world.server.work[:] = [train(world, share=True, masked=False)]
     await world.agent().run(updates=1)
 

@@ -15,21 +15,24 @@ import pytest
 from bench import fleet
 from edge_sdk import bundle as bundles
 from edge_sdk.adapters import AdapterSpec, Arrays, read_peft
+from edge_sdk.device import EdgeDevice
 from edge_sdk.engines import open_engine
+from edge_sdk.errors import DataError
 from edge_sdk.softlabels import SoftLabels
 from edge_sdk.tasks import Private
 from edge_sdk.training.learner import Learner
 from edge_server.cohorts import Secure
 from edge_server.systems.lpfl import LpFl
-from tests.test_end_to_end import DEVICES, LPFL, TASK, House, private, status, until
+from tests.test_end_to_end import LPFL, TASK, House, private, status, until
 
 pytestmark = pytest.mark.slow
-SECURE = Secure(threshold=2, join_seconds=60.0, phase_seconds=60.0)
+DEVICES = ("one", "two", "three", "four")
+SECURE = Secure(threshold=3, join_seconds=60.0, phase_seconds=60.0)
 
 
 def settings(**secure: float) -> LpFl:
     changed = msgspec.structs.replace(SECURE, **secure)
-    return msgspec.structs.replace(LPFL, versions=2, soft=SoftLabels(growth=0), secure=changed)
+    return msgspec.structs.replace(LPFL, versions=2, buffer_size=4, soft=SoftLabels(growth=0), secure=changed)
 
 
 @pytest.fixture
@@ -78,16 +81,16 @@ def ended(agents: list[subprocess.Popen[bytes]], house: House) -> None:
 
 
 def test_a_secure_mean_is_the_plain_one(house: House) -> None:
-    """Three devices, two versions: what comes out is what plain averaging makes, to 1e-4, and no update was sent bare."""
+    """Four devices, two versions: what comes out is what plain averaging makes, to 1e-4, and no update was sent bare."""
     owned = fill(house)
     server, address = house.serve()
     ended([house.agent(name, address) for name in DEVICES], house)
 
     seen = status(address)
     assert (seen.version, seen.finished) == (2, True)
-    assert [m.metrics for m in seen.measurements if m.kind == "kept"] == [{}] * 6  # no loss, no number of examples
+    assert [m.metrics for m in seen.measurements if m.kind == "kept"] == [{}] * 8  # no loss, no number of examples
     assert {m.num_examples for m in seen.measurements if m.kind == "kept"} == {1}
-    assert house.log("server").count("from the sum of 3 masked updates") == 2
+    assert house.log("server").count("from the sum of 4 masked updates") == 2
     close(final(house), expected(house, list(owned.values())))
     server.send_signal(signal.SIGTERM)
     assert server.wait(timeout=20) == 0
@@ -136,5 +139,21 @@ def test_a_device_that_drops_out_is_left_out(house: House) -> None:
     os.kill(agents["one"].pid, signal.SIGCONT)
     ended(list(agents.values()), house)
 
-    assert late or "version 1 from the sum of 2 masked updates" in house.log("server")
+    assert late or "version 1 from the sum of 3 masked updates" in house.log("server")
     assert status(address).finished
+
+
+def test_a_device_for_secure_averaging_only_shares_nothing_else(house: House) -> None:
+    """In a run that averages plainly it says why, as a command and in Python, and the server gets nothing from it."""
+    house.configure(LPFL)
+    fill(house)
+    _, address = house.serve()
+    command = ("edge_sdk.cli", "run", "--home", house.folder / "one", "--server", address, "--cache", house.folder / "cache")
+    house.start("one", *command, "--only-secure")
+    said(house, "one", "cannot work: not-secure: this device shares what it learned only in secure averaging")
+    device = EdgeDevice(house.folder / "two", address, cache=house.folder / "cache", only_secure=True)
+    with pytest.raises(DataError, match="not-secure"):
+        device.learn(updates=1)
+    device.close()
+
+    assert [(d.updates, d.uploaded_bytes) for d in status(address).devices] == [(0, 0)] * 2

@@ -42,10 +42,10 @@ from tests import server_helpers as helpers
 from tests.server_helpers import open_ledger, upload
 
 SPEC = factories.SPEC
-WEIGHTS = (41, 7, 100, 23, 3)  # of d1, d2, ...; 100 counts as 64
+WEIGHTS = (41, 7, 100, 23, 3, 5)  # of d1, d2, ...; 100 counts as 64
 
 
-def settings(devices: int = 3, threshold: int = 2, **lpfl: Any) -> RunSettings:
+def settings(devices: int = 4, threshold: int = 3, **lpfl: Any) -> RunSettings:
     """Versions of `devices` updates; phases are short, but only a test's clock can end them."""
     secure = Secure(threshold, join_seconds=0.02, phase_seconds=0.01)
     system = LpFl(**{"versions": 1, "buffer_size": devices, "evaluate_every": 0, "wait_seconds": 0.25, "secure": secure, **lpfl})
@@ -179,11 +179,11 @@ class House:
 
 @asynccontextmanager
 async def house(data: Path, run: RunSettings | None = None, *devices: Device) -> AsyncIterator[House]:
-    """Three devices, if no others are given; ended as a server ends it."""
+    """Four devices, if no others are given; ended as a server ends it."""
     clock, said = [1000.0], list[str]()
     ledger = open_ledger(data, run or settings(), said.append, now=lambda: clock[0])
     await ledger.open()
-    there = list(devices) or [Device(f"d{i}") for i in (1, 2, 3)]
+    there = list(devices) or [Device(f"d{i}") for i in (1, 2, 3, 4)]
     for device in there:
         await ledger.enroll(device.id, device.id)
     maker = asyncio.create_task(ledger.make_versions())
@@ -242,22 +242,22 @@ async def test_a_version_is_the_weighted_mean(tmp_path: Path) -> None:
 
     log = helpers.events(tmp_path)
     assert kinds(log) == (
-        ["Published"] + ["Enrolled"] * 3 + ["Kept", "Opened", "Kept", "Kept"] + ["Advertise"] * 3 + ["Shares"] * 3
-        + ["Masked"] * 3 + ["Reveal"] * 2 + ["Published"] + ["Evaluated"] * 3
+        ["Published"] + ["Enrolled"] * 4 + ["Kept", "Opened", "Kept", "Kept", "Kept"] + ["Advertise"] * 4 + ["Shares"] * 4
+        + ["Masked"] * 4 + ["Reveal"] * 3 + ["Published"] + ["Evaluated"] * 4
     )  # fmt: skip
     assert [e for e in log if isinstance(e, Published)][1] == Published(1, state.adapter, 0)
     close(tmp_path, 1, expected(run, home.devices))
-    assert home.said == ["version 1 from the sum of 3 masked updates"]
+    assert home.said == ["version 1 from the sum of 4 masked updates"]
     assert state == replayed(tmp_path)
     assert (state.cohort, state.buffer, status.finished) == (None, (), True)
-    assert [d.updates for d in status.devices] == [1, 1, 1]
+    assert [d.updates for d in status.devices] == [1, 1, 1, 1]
     assert [d.uploaded_bytes for d in status.devices] == [e.size for e in log if isinstance(e, Answered) and e.size]
 
 
 async def test_no_update_is_clipped_by_its_size(tmp_path: Path) -> None:
     """One three times as large as the others counts as it is, whatever `clip_norm` says; each for `max_examples` at most."""
     run = settings(clip_norm=1.25, max_examples=20)
-    devices = [Device("d1"), Device("d2"), Device("d3", size=0.3)]
+    devices = [Device("d1"), Device("d2"), Device("d3", size=0.3), Device("d4")]
     async with house(tmp_path, run, *devices) as home:
         await home.live()
 
@@ -265,7 +265,8 @@ async def test_no_update_is_clipped_by_its_size(tmp_path: Path) -> None:
 
 
 async def test_more_than_one_version_in_a_row(tmp_path: Path) -> None:
-    """Each version has a cohort of its own, of devices that trained on the one before, and every key is a new one."""
+    """Each version has a cohort of its own, as large as devices were told, of those that trained on the one before; no key comes
+    again."""
     run = settings(versions=3, evaluate_every=1)
     async with house(tmp_path, run) as home:
         await home.live()
@@ -273,14 +274,15 @@ async def test_more_than_one_version_in_a_row(tmp_path: Path) -> None:
     log = helpers.events(tmp_path)
     opened = [e.terms.cohort for e in log if isinstance(e, Opened)]
     assert opened == [f"{home.ledger.manifest.run[:16]}-{i}-{i}" for i in range(3)]
+    assert {e.terms.quorum for e in log if isinstance(e, Opened)} == {home.ledger.manifest.secure}
     for version in (1, 2, 3):
         close(tmp_path, version, expected(run, *[home.devices] * version))
     assert [(e.version, e.num_examples, e.metrics) for e in log if isinstance(e, Kept)] == [
-        (v, 1, {}) for v in (0, 0, 0, 1, 1, 1, 2, 2, 2)
+        (v, 1, {}) for v in (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2)
     ]
     keys = Counter(k for e in log if isinstance(e, Answered) and isinstance(e.answer, Advertise)
                    for k in (e.answer.cipher_key, e.answer.mask_key))  # fmt: skip
-    assert len(keys) == 3 * 3 * 2
+    assert len(keys) == 3 * 4 * 2
     assert home.ledger.state.keys == keys.keys()
 
 
@@ -288,7 +290,7 @@ async def test_with_a_frozen_a_the_mean_is_of_b_alone(tmp_path: Path) -> None:
     """Half as long a vector; A is as it was."""
     spec = AdapterSpec(factories.SLOTS, SPEC.rank, SPEC.alpha, freeze_a=True)
     run = msgspec.structs.replace(settings(), adapter=AdapterSettings(SPEC.rank, SPEC.alpha, freeze_a=True))
-    async with house(tmp_path, run, *(Device(f"d{i}", spec) for i in (1, 2, 3))) as home:
+    async with house(tmp_path, run, *(Device(f"d{i}", spec) for i in (1, 2, 3, 4))) as home:
         await home.live()
 
     assert [e.terms.length for e in helpers.events(tmp_path) if isinstance(e, Opened)] == [16]
@@ -296,25 +298,25 @@ async def test_with_a_frozen_a_the_mean_is_of_b_alone(tmp_path: Path) -> None:
 
 
 async def test_more_devices_than_places(tmp_path: Path) -> None:
-    """Five have trained, three have places: the others wait, an uninvited one is refused, and every version is made."""
+    """Six have trained, four have places: the others wait, an uninvited one is refused, and every version is made."""
     run = settings(versions=2)
-    async with house(tmp_path, run, *(Device(f"d{i}") for i in range(1, 6))) as home:
+    async with house(tmp_path, run, *(Device(f"d{i}") for i in range(1, 7))) as home:
         await home.reach("share")
-        for device in ("d4", "d5"):
+        for device in ("d5", "d6"):
             while isinstance(home.ledger.plan(device, True), Train):
                 await home[device].act(home.ledger)
             assert home.ledger.plan(device, True) == Wait(0.25)
         with pytest.raises(WireError) as refused:
-            await home["d4"].do(home.ledger, Join(0, home.cohort.terms))
+            await home["d5"].do(home.ledger, Join(0, home.cohort.terms))
         await home.live()
 
     assert refused.value.code == "too-late"
-    assert [did(home[device]) for device in ("d3", "d4", "d5")] == [
+    assert [did(home[device]) for device in ("d4", "d5", "d6")] == [
         "Train Join SealShares Mask Train Join SealShares Mask Evaluate",
         "Train Train Evaluate",
         "Train Train Evaluate",
     ]
-    close(tmp_path, 2, expected(run, home.devices[:3], home.devices[:3]))
+    close(tmp_path, 2, expected(run, home.devices[:4], home.devices[:4]))
 
 
 async def test_devices_that_have_not_trained_are_asked_to_first(tmp_path: Path) -> None:
@@ -442,13 +444,13 @@ async def test_without_a_cohort_nothing_is_taken(tmp_path: Path) -> None:
 # Deadlines -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("off", "counted"),
-    [(Join, "d1 d2"), (SealShares, "d1 d2"), (Mask, "d1 d2"), (Unmask, "d1 d2 d3")],
+    [(Join, "d1 d2 d4"), (SealShares, "d1 d2 d4"), (Mask, "d1 d2 d4"), (Unmask, "d1 d2 d3 d4")],
     ids=lambda x: str(x)[-12:],
 )
 async def test_a_deadline_goes_on_without_the_missing_one(tmp_path: Path, off: type, counted: str) -> None:
     """Whoever is off in one phase is left out from there; its masks are taken off, and its vector counts if it had come."""
     run = settings()
-    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(off, 0))]
+    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(off, 0)), Device("d4")]
     async with house(tmp_path, run, *devices) as home:
         await home.live()
 
@@ -461,10 +463,10 @@ async def test_a_deadline_goes_on_without_the_missing_one(tmp_path: Path, off: t
 
 async def test_before_the_deadline_nobody_is_left_out(tmp_path: Path) -> None:
     """While the clock stands before the deadline the cohort waits, however often the server looks."""
-    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(Mask, 0))]
+    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(Mask, 0)), Device("d4")]
     async with house(tmp_path, settings(), *devices) as home:
         await home.reach("upload")
-        for device in ("d1", "d2"):
+        for device in ("d1", "d2", "d4"):
             await home[device].act(home.ledger)
         home.clock[0] = np.nextafter(home.cohort.deadline, 0)
         before = helpers.events(tmp_path)
@@ -476,7 +478,7 @@ async def test_before_the_deadline_nobody_is_left_out(tmp_path: Path) -> None:
 
 async def test_what_comes_after_the_deadline_is_not_kept(tmp_path: Path) -> None:
     """The late vector is refused, and no byte of it stays: with the key that the others then reveal it would be too much."""
-    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(Mask, 0))]
+    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(Mask, 0)), Device("d4")]
     async with house(tmp_path, settings(), *devices) as home:
         await home.reach("upload")
         late = home.ledger.plan("d3", can_train=True)
@@ -493,47 +495,47 @@ async def test_what_comes_after_the_deadline_is_not_kept(tmp_path: Path) -> None
 async def test_a_cohort_with_too_few_is_followed_by_another(tmp_path: Path) -> None:
     """The failure is said with its reason; nobody trains again, everybody gets fresh keys, and the next cohort succeeds."""
     run = settings()
-    devices = [Device("d1"), *(Device(id, refuses=missing(Mask, 0)) for id in ("d2", "d3"))]
+    devices = [Device("d1"), Device("d2"), *(Device(id, refuses=missing(Mask, 0)) for id in ("d3", "d4"))]
     async with house(tmp_path, run, *devices) as home:
         await home.live(lambda: home.ledger.state.cohorts == 2)
         planned = [home.ledger.plan(device.id, can_train=True) for device in devices]
         first, second = (e.terms for e in helpers.events(tmp_path) if isinstance(e, Opened))
         await home.live()
 
-    assert planned == [Join(0, second)] * 3
+    assert planned == [Join(0, second)] * 4
     assert second == msgspec.structs.replace(first, cohort=second.cohort)
     assert second.cohort == first.cohort[:-1] + "1"
     assert home.said == [
-        f"cohort {first.cohort} has failed: only 1 devices answered in the phase `upload`, this cohort needs 2;"
+        f"cohort {first.cohort} has failed: only 2 devices answered in the phase `upload`, this cohort needs 3;"
         " the next one is formed",
-        "version 1 from the sum of 3 masked updates",
+        "version 1 from the sum of 4 masked updates",
     ]
     assert did(home["d1"]) == "Train Join SealShares Mask Join SealShares Mask Unmask Evaluate"
     adverts = [e.answer for e in helpers.events(tmp_path) if isinstance(e, Answered) and isinstance(e.answer, Advertise)]
-    assert len({key for advert in adverts for key in (advert.cipher_key, advert.mask_key)}) == 2 * 3 * 2
+    assert len({key for advert in adverts for key in (advert.cipher_key, advert.mask_key)}) == 2 * 4 * 2
     close(tmp_path, 1, expected(run, devices))
     assert home.ledger.state == replayed(tmp_path)
 
 
 async def test_a_cohort_that_nobody_joins_ends_too(tmp_path: Path) -> None:
     """A device that trained and went away holds nobody up: at the deadline the next cohort is formed, with a new one."""
-    async with house(tmp_path, None, Device("d1"), Device("d2"), Device("d3")) as home:
+    async with house(tmp_path) as home:
         await home["d1"].act(home.ledger)
         terms = home.cohort.terms
         home.clock[0] = home.cohort.deadline
         await helpers.until(lambda: home.ledger.state.cohorts == 2)
 
     assert home.said == [
-        f"cohort {terms.cohort} has failed: only 0 devices answered in the phase `advertise`, this cohort needs 2;"
+        f"cohort {terms.cohort} has failed: only 0 devices answered in the phase `advertise`, this cohort needs 3;"
         " the next one is formed"
     ]
 
 
 async def test_what_shares_may_be_revealed_for_is_in_no_other_cohort(tmp_path: Path) -> None:
-    """One device has revealed, two are off: of two sums, with and without it, the difference would tell its update. So the next
-    version is the same adapter, everybody trains on that, and the run goes on; also where the server dies in between."""
+    """Two devices have revealed, two are off: of two sums, with and without one, the difference would tell its update. So the
+    next version is the same adapter, everybody trains on that, and the run goes on; also where the server dies in between."""
     run = settings(versions=2)
-    devices = [Device("d1"), *(Device(id, refuses=missing(Unmask, 0)) for id in ("d2", "d3"))]
+    devices = [Device("d1"), Device("d2"), *(Device(id, refuses=missing(Unmask, 0)) for id in ("d3", "d4"))]
     async with house(tmp_path / "run", run, *devices) as home:
         await home.live()
         state, said = home.ledger.state, home.said
@@ -547,13 +549,13 @@ async def test_what_shares_may_be_revealed_for_is_in_no_other_cohort(tmp_path: P
 
     name = f"{home.ledger.manifest.run[:16]}-0-0"
     assert said == [
-        f"cohort {name} has failed: only 1 devices answered in the phase `unmask`, this cohort needs 2;"
+        f"cohort {name} has failed: only 2 devices answered in the phase `unmask`, this cohort needs 3;"
         " version 1 is version 0 again, and devices train anew",
-        "version 2 from the sum of 3 masked updates",
+        "version 2 from the sum of 4 masked updates",
     ]
     assert again.said == said
     assert [e.terms.cohort for e in log if isinstance(e, Opened)] == [name, f"{name[:-4]}-1-1"]
-    assert did(home["d2"]).startswith("Train Join SealShares Mask Train Join SealShares Mask Unmask Evaluate")
+    assert did(home["d3"]).startswith("Train Join SealShares Mask Train Join SealShares Mask Unmask Evaluate")
     assert state.adapters[1] == state.adapters[0]
     assert again.ledger.state.adapters == state.adapters
     assert state == replayed(tmp_path / "run")
@@ -577,6 +579,7 @@ async def test_training_on_an_old_version_forms_no_cohort(tmp_path: Path) -> Non
     """Who comes late with version 0 has nothing for version 1: it is asked to train again, and nobody is waited for."""
     run = settings(versions=2)
     devices = [Device("d1"), Device("d2"), Device("d3", refuses=lambda _, work: isinstance(work, Train) and work.version == 0)]
+    devices.append(Device("d4"))
     async with house(tmp_path, run, *devices) as home:
         await home.live(lambda: home.ledger.state.version == 1)
         late = Trained("d3", 0, 1, {})
@@ -586,7 +589,7 @@ async def test_training_on_an_old_version_forms_no_cohort(tmp_path: Path) -> Non
         assert home.ledger.plan("d3", can_train=True) == home.ledger.plan("d1", can_train=True)
         await home.live()
 
-    close(tmp_path, 2, expected(run, devices[:2], devices))
+    close(tmp_path, 2, expected(run, [*devices[:2], devices[3]], devices))
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -594,7 +597,7 @@ async def test_keys_are_used_once(tmp_path: Path, published: bool) -> None:
     """What was a key in a cohort that failed, or made a version, is none in the next, whoever sends it, also after a restart."""
     off = missing(Mask) if published else missing(Mask, 0)
     run = settings(versions=2)
-    devices = [Device("d1"), *(Device(id, refuses=off) for id in ("d2", "d3"))]
+    devices = [Device("d1"), Device("d2"), *(Device(id, refuses=off) for id in ("d3", "d4"))]
     async with house(tmp_path, run, *devices) as home:
         await home.live(lambda: home.ledger.state.cohorts == 2)
     old = next(e.answer for e in helpers.events(tmp_path) if isinstance(e, Answered) and isinstance(e.answer, Advertise))
@@ -633,7 +636,8 @@ def lies(answer: Answer) -> Answer:
 async def test_a_lie_in_revealed_shares_costs_a_cohort(tmp_path: Path, dropped: bool, reason: str) -> None:
     """No wrong mean is published: the server says why, and the next version is the same again; the one after it is right."""
     run = settings(versions=2)
-    devices = [Device("d1", twist=lies), Device("d2"), Device("d3", refuses=missing(Mask, 0) if dropped else missing(Mask))]
+    off = missing(Mask, 0) if dropped else missing(Mask)
+    devices = [Device("d1", twist=lies), Device("d2"), Device("d3", refuses=off), Device("d4")]
     async with house(tmp_path, run, *devices) as home:
         await home.live()
 
@@ -643,7 +647,7 @@ async def test_a_lie_in_revealed_shares_costs_a_cohort(tmp_path: Path, dropped: 
     name = f"{home.ledger.manifest.run[:16]}-0-0"
     assert home.said == [
         f"cohort {name} has failed: {lost.reason}; version 1 is version 0 again, and devices train anew",
-        "version 2 from the sum of 3 masked updates",
+        "version 2 from the sum of 4 masked updates",
     ]
     assert [e.version for e in log if isinstance(e, Published)] == [0, 1, 2]
     assert home.ledger.state.adapters[0] == home.ledger.state.adapters[1]
@@ -658,7 +662,7 @@ async def test_a_lie_in_revealed_shares_costs_a_cohort(tmp_path: Path, dropped: 
 )
 async def test_a_sum_that_no_honest_devices_have_costs_a_cohort(tmp_path: Path, part: slice, lie: int) -> None:
     """Nobody sees a vector, but a weight that devices cannot have together, or a mean beyond the clip, is found."""
-    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(Mask, 0))]
+    devices = [Device("d1"), Device("d2"), Device("d3", refuses=missing(Mask, 0)), Device("d4")]
     async with house(tmp_path, settings(), *devices) as home:
         await home.reach("upload")
         work = home.ledger.plan("d3", True)
@@ -727,7 +731,7 @@ async def test_a_restart_at_any_event_goes_on(tmp_path: Path, past: Past, after:
 
 async def test_a_cohort_goes_on_after_a_restart_in_every_phase(tmp_path: Path) -> None:
     """Stopped and started between any two answers, with devices that know nothing of it: one cohort, one version."""
-    run, devices = settings(), tuple(Device(f"d{i}") for i in (1, 2, 3))
+    run, devices = settings(), tuple(Device(f"d{i}") for i in (1, 2, 3, 4))
     for _ in range(100):
         async with house(tmp_path, run, *devices) as home:
             if home.ledger.status().finished:
@@ -766,7 +770,7 @@ async def test_no_update_can_be_found_in_the_data_folder(tmp_path: Path) -> None
     kept += everything(tmp_path / "secure")
     measured = [m for m in status.measurements if m.kind == "kept"]
 
-    assert [(m.num_examples, m.metrics) for m in measured] == [(1, {})] * 3
+    assert [(m.num_examples, m.metrics) for m in measured] == [(1, {})] * 4
     for device in home.devices:
         assert [secret for secret in secrets(device, terms) if secret in kept] == []
         assert not any(member.secret in kept for member in device.members.values())
@@ -774,7 +778,7 @@ async def test_no_update_can_be_found_in_the_data_folder(tmp_path: Path) -> None
 
 async def test_a_plain_run_is_full_of_what_a_secure_one_hides(tmp_path: Path) -> None:
     """The search of the test above finds a device's numbers, and how many examples it has, where they are sent bare."""
-    device, terms = Device("d1"), Terms("c", 3, 2, 40, 1.0, 64)
+    device, terms = Device("d1"), Terms("c", 4, 3, 40, 1.0, 64)
     ledger = open_ledger(tmp_path)
     await ledger.open()
     await ledger.enroll("d1", "d1")

@@ -938,7 +938,7 @@ async def test_an_llm_that_fails_is_told_to_whoever_watches(tmp_path: Path, monk
 
 
 # Secure averaging -----------------------------------------------------------------------------------------------------
-UNSEEN = settings(buffer_size=3, secure=Secure(threshold=2))
+UNSEEN = settings(buffer_size=3, secure=Secure(threshold=3))
 
 
 @asynccontextmanager

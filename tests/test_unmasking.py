@@ -157,13 +157,15 @@ def refusal(call: Callable[..., object], *arguments: object) -> str:
 
 
 # Dropouts ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("size", "threshold"), [(4, 3), (5, 3)])
-def test_every_pattern_of_dropouts(size: int, threshold: int) -> None:
-    """Each device leaves before any phase or never, 5^size patterns: with the threshold left the mean is that of those that
-    uploaded, else the cohort has failed in the first phase that fewer answered."""
+@pytest.mark.parametrize(("size", "threshold", "most"), [(4, 3, 4), (5, 4, 5), (7, 5, 3)])
+def test_every_pattern_of_dropouts(size: int, threshold: int, most: int) -> None:
+    """Each device leaves before any phase or never, `most` of them at most: with the threshold left the mean is that of those
+    that uploaded, else the cohort has failed in the first phase that fewer answered."""
     of = terms(size, threshold)
     worked = set()
     for last in itertools.product(range(5), repeat=size):
+        if size - last.count(4) > most:
+            continue
         answered = tuple(frozenset(id for id, k in zip(ids(size), last, strict=True) if k > phase) for phase in range(4))
         after = stage(of, *answered)
         short = [phase for phase, devices in zip(PHASES, answered, strict=False) if len(devices) < threshold]
@@ -178,23 +180,24 @@ def test_every_pattern_of_dropouts(size: int, threshold: int) -> None:
                 check_sum(after, answered[2])
             worked.add(answered)
 
-    assert len(worked) == {4: 17, 5: 181}[size]
+    assert len(worked) == {4: 17, 5: 21, 7: 365}[size]
 
 
 def test_a_large_cohort() -> None:
-    """32 devices, of which three leave in every phase."""
+    """32 devices, of which two leave in every phase."""
     everyone = ids(32)
-    answered = [frozenset(everyone[3 * k :]) for k in range(1, 5)]
-    after = stage(terms(32, 17), *answered)
+    answered = [frozenset(everyone[2 * k :]) for k in range(1, 5)]
+    after = stage(terms(32, 22), *answered)
 
-    assert len(after.cohort.reveals) == 20
+    assert len(after.cohort.reveals) == 24
     check_sum(after, answered[2])
 
 
 @given(st.data(), st.integers(3, 5))
 def test_whatever_was_learned_the_mean_is_the_plain_one(data: st.DataObject, size: int) -> None:
     """Any finite vectors and weights; what is beyond the clip is cut."""
-    before = stage(terms(size, 3), *everybody(size, 2))
+    threshold = size * 2 // 3 + 1
+    before = stage(terms(size, threshold), *everybody(size, 2))
     cohort, members, vectors, learned = before.cohort, {}, {}, []
     for id in ids(size):
         values = np.array(data.draw(st.lists(strategies.floats32, min_size=LENGTH, max_size=LENGTH)), np.float32)
@@ -202,7 +205,7 @@ def test_whatever_was_learned_the_mean_is_the_plain_one(data: st.DataObject, siz
         members[id], vectors[id] = masked(receive(before.members[id], delivery(cohort, id)), *learned[-1])
         cohort = take_masked(cohort, Masked("one", id), blob(vectors[id]))
     cohort = current(advance(cohort, 0.0, 10.0))
-    for id in ids(size)[:3]:
+    for id in ids(size)[:threshold]:
         cohort = take_reveal(cohort, unmask_shares(members[id], survivors(cohort))[1])
     mean, _ = unmask(current(advance(cohort, 0.0, 10.0)), vectors.values())
 
@@ -213,7 +216,7 @@ def test_whatever_was_learned_the_mean_is_the_plain_one(data: st.DataObject, siz
 
 # What the server can know --------------------------------------------------------------------------------------------
 UPLOADED = (*everybody(5, 2), frozenset(ids(5)[:4]))
-DONE = stage(terms(5, 3), *UPLOADED, frozenset(ids(5)[:4]))
+DONE = stage(terms(5, 4), *UPLOADED, frozenset(ids(5)[:4]))
 
 
 def known_masks(cohort: Cohort, device: str) -> Ring:
@@ -444,14 +447,14 @@ def test_two_cohorts_do_not_mix() -> None:
 
 def test_shares_and_reveals_for_the_wrong_devices_are_refused() -> None:
     """One too few, one too many, one of the other kind, or a number beyond the field."""
-    sharing = replace(stage(terms(5, 3), *everybody(5, 1)).cohort)
+    sharing = replace(stage(terms(5, 4), *everybody(5, 1)).cohort)
     right = DONE.cohort.shares["d-00"]
     edit = msgspec.structs.replace
     box = right.sealed["d-01"]
     for sealed in ({"d-01": box}, {**right.sealed, "d-09": box}, {**right.sealed, "d-00": box}):
         assert refusal(take_shares, sharing, edit(right, sealed=sealed)) == "bad-list"
 
-    unmasking = stage(terms(5, 3), *UPLOADED).cohort
+    unmasking = stage(terms(5, 4), *UPLOADED).cohort
     said = DONE.cohort.reveals["d-00"]
     fewer = {id: seed for id, seed in said.seeds.items() if id != "d-01"}
     for wrong in (
@@ -487,7 +490,7 @@ def test_a_false_share_is_noticed(kind: str, device: str, code: str) -> None:
 def test_shares_that_make_no_secret_are_refused(kind: str, device: str) -> None:
     """A false share can be chosen so that the number recovered is beyond 32 bytes; that is refused as well."""
     cohort = DONE.cohort
-    points = {id: x for x, id in enumerate(ids(5), 1) if id in ("d-00", "d-01", "d-02")}
+    points = {id: x for x, id in enumerate(ids(5), 1) if id != "d-04"}
     factors = lagrange(points.values())
     shares = {x: int.from_bytes(getattr(cohort.reveals[id], kind)[device]) for id, x in points.items()}
     change = (2**256 - recover(shares, factors)) * pow(factors[2], -1, PRIME)

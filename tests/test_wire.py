@@ -999,7 +999,7 @@ def test_every_answer_of_a_cohort_comes_back(answer: Any) -> None:
 def test_the_largest_cohort_fits_into_a_message() -> None:
     """128 devices with the longest ids: roster, shares, delivery and lists stay below what a message may have."""
     ids = tuple(f"{i:064}" for i in range(MAX_MEMBERS))
-    of = Terms("c" * 64, MAX_MEMBERS, 65, 40, 1.0, 64)
+    of = Terms("c" * 64, MAX_MEMBERS, 86, 40, 1.0, 64)
     sealed, shares = dict.fromkeys(ids, b"s" * SEALED), dict.fromkeys(ids, b"x" * SHARE)
     messages: list[msgspec.Struct] = [
         SealShares(2**60, Roster(of, tuple(Advertise("c" * 64, id, b"c" * 32, b"m" * 32) for id in ids))),

@@ -25,7 +25,7 @@ class Secure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings.
 
     Args:
-        threshold: devices without which no mean comes out; more than half of a cohort, which has as many as a buffer.
+        threshold: devices without which no mean comes out; more than two thirds of a cohort, which has as many as a buffer.
         clip: largest absolute value in an update; what is beyond is cut.
         max_weight: an update counts for at most this many examples, or for `max_examples` where that is less.
         join_seconds: how long a cohort waits for devices once one has trained. phase_seconds: for each of its later phases.

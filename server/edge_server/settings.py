@@ -11,6 +11,7 @@ import msgspec
 
 from edge_sdk.adapters import AdapterSpec
 from edge_sdk.bundle import Bundle
+from edge_sdk.cohort import Quorum
 from edge_sdk.errors import EdgeError, SettingsError
 from edge_sdk.protocol import PROTOCOL, Manifest
 from edge_sdk.tasks import Task
@@ -132,4 +133,10 @@ def manifest(settings: RunSettings, bundle: Bundle) -> Manifest:
     spec = AdapterSpec(bundle.pick(adapter.modules, adapter.top_layers), adapter.rank, adapter.alpha, adapter.freeze_a)
     if adapter.min_layers > spec.depth:
         raise SettingsError(f"adapter.min_layers = {adapter.min_layers} is more than the {spec.depth} layers of the adapter")
-    return Manifest(PROTOCOL, settings.system, task, spec, bundle, min_layers=adapter.min_layers, min_rank=adapter.min_rank)
+    told = Manifest(PROTOCOL, settings.system, task, spec, bundle, min_layers=adapter.min_layers, min_rank=adapter.min_rank)
+    return msgspec.structs.replace(told, secure=_quorum(settings.averaged))
+
+
+def _quorum(averaged: LpFl | None) -> Quorum | None:
+    secure = None if averaged is None else averaged.secure
+    return None if averaged is None or secure is None else Quorum(averaged.buffer_size, secure.threshold)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import async_vs_sync, crosslm, engines, fedcollm, lora_push, lpfl, pairs, training, uploads
+from bench import async_vs_sync, crosslm, engines, fedcollm, fedmkt, lora_push, lpfl, pairs, training, uploads
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -86,6 +86,29 @@ def test_what_the_readme_says_of_fedcollm_is_the_committed_result() -> None:
     assert f"has {slm['fedcollm']} on sentiment, averaging alone {slm['fedavg']}" in said
     assert f"without any LLM {slm['fedavg_server_ce']}" in said
     assert f"from {llm['zero_shot']} to {llm['fedcollm']} (all labels in one place: {llm['centralized']})" in said
+
+
+def test_the_numbers_of_fedmkt_are_the_committed_result() -> None:
+    """Its table, what became of each target, and the bytes, come from docs/results/fedmkt.json."""
+    result = json.loads((ROOT / "docs/results/fedmkt.json").read_text())
+    page, sent = (ROOT / "docs/systems/fedmkt.md").read_text(), result["summary"]["bytes_per_device_version"]
+    small = {name: f"{each['mean']:.3f} ± {each['std']:.3f}" for name, each in result["summary"]["small"].items()}
+    said = " ".join(page.split())
+
+    assert pairs.markdown(result["rows"], fedmkt.TASKS, fedmkt.METHODS) in page
+    assert "\n".join(fedmkt.targets(result["rows"])) in page
+    assert f"{sent['sentiment']:,.0f} bytes where classes are told, {sent['cloze']:,.0f} where" in said
+    assert f"have {small['fedavg']} with it on sentiment, and {small['fedmkt']} with FedMKT" in said
+
+
+def test_what_the_readme_says_of_fedmkt_is_the_committed_result() -> None:
+    """Accuracies on sentiment come from docs/results/fedmkt.json."""
+    found = json.loads((ROOT / "docs/results/fedmkt.json").read_text())["summary"]
+    slm, llm = ({name: f"{each['mean']:.3f}" for name, each in found[model].items()} for model in ("slm", "llm"))
+    said = " ".join((ROOT / "README.md").read_text().split())
+
+    assert f"devices have {slm['fedmkt']} on sentiment, with the public labels and no teacher {slm['standalone_public']}" in said
+    assert f"alone {slm['standalone']}; the LLM has {llm['fedmkt']}, with these labels alone {llm['public_only']}" in said
 
 
 def test_what_rounding_costs_is_the_committed_result() -> None:

@@ -85,6 +85,9 @@ def test_what_the_readme_says_of_fedcollm_is_the_committed_result() -> None:
 
     assert f"has {slm['fedcollm']} on sentiment, averaging alone {slm['fedavg']}" in said
     assert f"without any LLM {slm['fedavg_server_ce']}" in said
+    rows = [r for r in json.loads((ROOT / "docs/results/fedcollm.json").read_text())["rows"] if r["task"] == "sentiment"]
+    gain = pairs.gain_of(rows, "slm", "fedcollm", "fedavg_server_ce")
+    assert f"the LLM's part in it is {100 * gain['mean']:.1f} ± {100 * gain['std']:.1f} points" in said
     assert f"from {llm['zero_shot']} to {llm['fedcollm']} (all labels in one place: {llm['centralized']})" in said
 
 

@@ -535,8 +535,10 @@ def shut_out(batch: Collection[Buffered], revoked: Collection[str]) -> Dropped |
 
 def unheard(state: State, revoked: Collection[str]) -> State:
     """The state as if revoked devices had judged nothing: what an LLM is to learn from and decide by."""
+    if not revoked:
+        return state
     sheets = (replace(s, ballots=tuple(b for b in s.ballots if b.device not in revoked)) for s in state.sheets)
-    return replace(state, sheets=tuple(sheets)) if revoked else state
+    return replace(state, sheets=tuple(sheets))
 
 
 def _dropped(gone: Iterable[Buffered], code: str) -> Dropped | None:

@@ -131,7 +131,7 @@ class Ledger:
         self.on_commit: list[Callable[[Event, float], None]] = []
         self.on_version: list[Callable[[float], None]] = []
         self.revoked: Callable[[], Collection[str]] = frozenset
-        self._unheard: Collection[str] = ()
+        self._unheard: Collection[str] = ()  # who was shut out when the LLM was last asked
         self._troubles: dict[asyncio.Event, str] = {}
 
     async def open(self) -> None:

@@ -133,8 +133,8 @@ def manifest(settings: RunSettings, bundle: Bundle) -> Manifest:
     spec = AdapterSpec(bundle.pick(adapter.modules, adapter.top_layers), adapter.rank, adapter.alpha, adapter.freeze_a)
     if adapter.min_layers > spec.depth:
         raise SettingsError(f"adapter.min_layers = {adapter.min_layers} is more than the {spec.depth} layers of the adapter")
-    told = Manifest(PROTOCOL, settings.system, task, spec, bundle, min_layers=adapter.min_layers, min_rank=adapter.min_rank)
-    return msgspec.structs.replace(told, secure=_quorum(settings.averaged))
+    least, secure = (adapter.min_layers, adapter.min_rank), _quorum(settings.averaged)
+    return Manifest(PROTOCOL, settings.system, task, spec, bundle, "", *least, secure)
 
 
 def _quorum(averaged: LpFl | None) -> Quorum | None:
